@@ -1,0 +1,1 @@
+"""Measurements: operations, blocks, models, and the limits of the machine."""

@@ -1,0 +1,1 @@
+"""The training loop and what it stands on; knows tasks only through :mod:`eanet.engine.task`."""

@@ -1,0 +1,1 @@
+"""Modules that own parameters; they need torch alone and know no task."""

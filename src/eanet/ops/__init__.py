@@ -1,0 +1,1 @@
+"""Pure functions on tensors; they need torch alone and know no task."""

@@ -1,0 +1,1 @@
+"""External attention and the double normalization, as functions."""

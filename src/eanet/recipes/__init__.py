@@ -1,0 +1,1 @@
+"""Experiments as data, one module per data set; nothing here imports torch."""

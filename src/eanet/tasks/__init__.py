@@ -1,0 +1,1 @@
+"""One room per visual task; rooms never import one another."""
