@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from eanet.report.figures import INK, MUTED, new_figure
-from eanet.report.grids import as_color_image, show_image
+from eanet.report.grids import as_color_image, row_heights, show_image
 
 __all__ = ["COLOR_MAP", "overlay", "salient_slots", "scale", "slot_grid", "token_saliency"]
 
@@ -193,9 +193,13 @@ def slot_grid(
     shown = maps[:, slots]
     limits = (float(shown.min()), float(shown.max())) if scaling == "shared" else None
 
-    cell = 1.3
-    figure = new_figure(cell * (1 + len(slots)) + 0.7, cell * len(images) + 0.3)
-    cells = figure.subplots(len(images), 1 + len(slots), squeeze=False)
+    cell_inches = 1.3
+    heights = row_heights(images, 1)
+    title_inches = 0.25 * (1 if titles is None else len(images))
+    figure = new_figure(
+        cell_inches * (1 + len(slots)) + 0.7, cell_inches * sum(heights) + title_inches
+    )
+    cells = figure.subplots(len(images), 1 + len(slots), squeeze=False, height_ratios=heights)
     for row, image in enumerate(images):
         title = titles[row] if titles is not None else "image" if row == 0 else ""
         show_image(cells[row, 0], image, title)
@@ -210,7 +214,7 @@ def _draw_color_bar(figure: Figure, cells: Any, limits: tuple[float, float] | No
     """Explain the colors at the right edge."""
     normalize = Normalize(*limits) if limits is not None else Normalize(0, 1)
     mappable = ScalarMappable(normalize, colormaps[COLOR_MAP])
-    bar = figure.colorbar(mappable, ax=cells, fraction=0.04, pad=0.01, aspect=30)
+    bar = figure.colorbar(mappable, ax=cells, fraction=0.03, pad=0.01, aspect=25, shrink=0.8)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=MUTED, labelcolor=INK)
     if limits is None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from eanet.report.figures import INK, new_figure
 
-__all__ = ["as_color_image", "image_grid", "show_image"]
+__all__ = ["as_color_image", "image_grid", "row_heights", "show_image"]
 
 
 def as_color_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -33,6 +33,16 @@ def as_color_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
             f"got {image.shape}"
         )
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+def row_heights(images: Sequence[NDArray[np.uint8]], columns: int) -> list[float]:
+    """Return the height of each row of a grid in column widths: that of its highest image.
+
+    Very flat and very high images do not rule the page: heights stay within 0.3 and 2.
+    """
+    ratios = [image.shape[0] / image.shape[1] for image in map(as_color_image, images)]
+    rows = (ratios[start : start + columns] for start in range(0, len(ratios), columns))
+    return [min(max(max(row), 0.3), 2.0) for row in rows]
 
 
 def show_image(axes: Axes, image: NDArray[np.uint8], title: str = "", color: str = INK) -> None:
@@ -81,9 +91,12 @@ def image_grid(
         raise ValueError(f"columns must be at least 1, got {columns}")
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
+    heights = row_heights(images, columns)
     title_lines = max((title.count("\n") + 1 for title in titles or ()), default=0)
-    figure = new_figure(columns * cell_inches, rows * (cell_inches + 0.16 * title_lines))
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure = new_figure(
+        columns * cell_inches, cell_inches * sum(heights) + rows * (0.16 * title_lines + 0.06)
+    )
+    cells = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
     for index, axes in enumerate(cells):
         if index >= len(images):
             axes.set_axis_off()
