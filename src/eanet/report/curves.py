@@ -48,9 +48,9 @@ class _Series:
     values: list[float] = field(default_factory=list[float])
 
     @property
-    def base(self) -> str:
-        """The name without the weights it was measured with."""
-        return self.key.removeprefix("ema/")
+    def name(self) -> tuple[str, str]:
+        """What was measured on which samples, whatever the weights; it has one color."""
+        return self.key.removeprefix("ema/"), self.kind
 
     @property
     def averaged(self) -> bool:
@@ -118,14 +118,14 @@ def training_curves(
             title += f" ({len(shown)} of {len(series)})"
         style_axes(axes, title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        colors = dict(zip(_bases(shown), COLORS, strict=False))
+        colors = dict(zip(_names(shown), COLORS, strict=False))
         for one in shown:
-            _draw(axes, one, panel, colors[one.base])
+            _draw(axes, one, panel, colors[one.name])
         if panel == "losses":
             _choose_scale(axes, shown)
         if best_step is not None:
-            axes.axvline(best_step, color=MUTED, linewidth=1, linestyle=":", label="best")
-        if len(shown) > 1 or best_step is not None:
+            axes.axvline(best_step, color=MUTED, linewidth=1, linestyle=":", label="kept weights")
+        if len(shown) > 1 or panel == "others":
             legend = axes.legend(frameon=False, fontsize=8.5, handlelength=1.8)
             for text in legend.get_texts():
                 text.set_parse_math(False)
@@ -183,39 +183,36 @@ def _lay_out(panels: Sequence[_Panel]) -> tuple[Figure, dict[_Panel, Axes]]:
     return figure, places
 
 
-def _bases(series: Sequence[_Series]) -> list[str]:
+def _names(series: Sequence[_Series]) -> list[tuple[str, str]]:
     """Return the names that get a color of their own, in order."""
-    return list(dict.fromkeys(one.base for one in series))
+    return list(dict.fromkeys(one.name for one in series))
 
 
 def _limit(series: Sequence[_Series]) -> list[_Series]:
     """Return the series of the first names, as many as there are colors."""
-    kept = _bases(series)[: len(COLORS)]
-    return [one for one in series if one.base in kept]
+    kept = _names(series)[: len(COLORS)]
+    return [one for one in series if one.name in kept]
 
 
 def _draw(axes: Axes, series: _Series, panel: _Panel, color: str) -> None:
-    """Draw one series; dashes tell apart what shares a color."""
-    label = series.base
-    if panel == "losses":
+    """Draw one series: solid, but dashed for raw weights where it is validated."""
+    validated = series.kind == "validation"
+    label = series.name[0]
+    if panel == "losses" or not validated:
         label += f", {series.kind}"
     if series.averaged:
         label += ", averaged weights"
-    dashed = series.kind == "validation" and not series.averaged and panel == "losses"
-    style: dict[str, Any] = {"color": color, "label": label}
-    if len(series.values) > _MOST_PLAIN_POINTS:
+    style: dict[str, Any] = {"color": color, "label": label, "linewidth": 1.6}
+    if panel != "rates" and len(series.values) > _MOST_PLAIN_POINTS:
         axes.plot(series.steps, series.values, color=color, linewidth=0.7, alpha=0.25)
         window = max(3, len(series.values) // 40)
-        axes.plot(series.steps, _smooth(series.values, window), linewidth=1.6, **style)
+        axes.plot(series.steps, _smooth(series.values, window), **style)
         return
-    marker = "o" if series.kind == "validation" or len(series.values) == 1 else ""
-    plain = panel == "metrics" and not series.averaged and series.kind == "validation"
     axes.plot(
         series.steps,
         series.values,
-        linewidth=1.6,
-        linestyle="--" if dashed or plain else "-",
-        marker=marker,
+        linestyle="--" if validated and not series.averaged else "-",
+        marker="o" if validated or len(series.values) == 1 else "",
         markersize=3,
         **style,
     )

@@ -235,7 +235,9 @@ def _render_picture(picture: Picture) -> str:
                 raise ValueError(f"the picture {picture.caption!r} is not an SVG document")
         case other:
             raise ValueError(f"media_type must be image/png or image/svg+xml, got {other!r}")
-    if picture.width_pixels is not None:
+    if picture.width_pixels is None:
+        size += ' class="wide"'
+    else:
         size += f' style="max-width: {int(picture.width_pixels)}px"'
     address = f"data:{picture.media_type};base64,{base64.b64encode(picture.data).decode()}"
     caption = html.escape(picture.caption)
@@ -260,7 +262,7 @@ def _render_table(table: Table) -> str:
     body = "\n".join(
         "<tr>"
         + "".join(
-            _render_cell(row[index], texts[index][number], index == 0 and not numeric[0])
+            _render_cell(texts[index][number], is_number=numeric[index], is_title=index == 0)
             for index in range(len(row))
         )
         + "</tr>"
@@ -279,12 +281,13 @@ def _render_table(table: Table) -> str:
 _NUMBER = ' class="number"'
 
 
-def _render_cell(value: str | int | float | None, text: str, is_row_title: bool) -> str:
-    if value is None:
-        return f'<td class="number absent">{text}</td>'
-    if is_row_title:
-        return f'<th scope="row"{_NUMBER if _is_number(value) else ""}>{html.escape(text)}</th>'
-    return f"<td{_NUMBER if _is_number(value) else ''}>{html.escape(text)}</td>"
+def _render_cell(text: str, *, is_number: bool, is_title: bool) -> str:
+    """Write a cell; the first one of a row is its title where the column holds text."""
+    if is_number:
+        return f'<td class="number">{html.escape(text)}</td>'
+    if is_title:
+        return f'<th scope="row">{html.escape(text)}</th>'
+    return f"<td>{html.escape(text)}</td>"
 
 
 def _is_number(value: object) -> bool:
@@ -319,7 +322,8 @@ def _decimals(column: Sequence[object]) -> int | None:
     sizes = [size for size in sizes if math.isfinite(size)]
     if not sizes:
         return None
-    digits_before_point = math.floor(math.log10(max(sizes))) + 1 if max(sizes) >= 1 else 0
+    # shares go up to 1 itself: 1.0000 beside 0.9861
+    digits_before_point = math.floor(math.log10(max(sizes))) + 1 if max(sizes) > 1 else 0
     decimals = max(0, 4 - digits_before_point)
     smallest = min((size for size in sizes if size), default=1.0)
     # the smallest must keep two digits of its own, and the largest must stay readable
