@@ -5,8 +5,11 @@ A :class:`Recipe` says everything a run depends on. Variants are made with
 folder stores the resolved recipe as ``recipe.yaml``.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from eanet.errors import UserError
 
 __all__ = [
     "DataSpec",
@@ -17,6 +20,12 @@ __all__ = [
     "ScheduleSpec",
     "TrainSpec",
 ]
+
+
+def _require(valid: bool, field_name: str, given: object, allowed: str) -> None:
+    """Refuse a value of a recipe, naming the field as the command line spells it."""
+    if not valid:
+        raise UserError(f"{field_name} must be {allowed}, got {given!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,9 @@ class ModelSpec:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     init: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "model.name", self.name, "a model's name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,12 @@ class DataSpec:
     batch_size: int = 64
     num_workers: int = 0
     validation_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        fraction = self.validation_fraction
+        _require(0 < fraction < 1, "data.validation_fraction", fraction, "within (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +121,16 @@ class OptimSpec:
     clip_norm: float | None = None
     groups: tuple[ParameterGroup, ...] = ()
 
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "above 0")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "within [0, 1)"
+        )
+        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        clip = self.clip_norm
+        _require(clip is None or clip > 0, "optim.clip_norm", clip, "above 0, or null")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSpec:
@@ -132,6 +160,14 @@ class ScheduleSpec:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     cooldown: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "cooldown"):
+            value = getattr(self, name)
+            _require(value >= 0, f"schedule.{name}", value, "0 or more")
+        for name in ("warmup_lr", "min_lr"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"schedule.{name}", value, "a share within [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +206,18 @@ class TrainSpec:
     evaluate_every: int = 1
     checkpoint_every_seconds: float = 600.0
     non_finite: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.epochs is None) != (self.steps is None),
+            "train.epochs and train.steps",
+            (self.epochs, self.steps),
+            "one of them a number and the other null",
+        )
+        for name in ("epochs", "steps", "accumulate", "evaluate_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name}", value, "1 or more")
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "within [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ __all__ = [
     "create_model",
     "dataset",
     "datasets",
+    "demos",
     "list_models",
     "models",
     "recipe",
@@ -218,14 +219,28 @@ def _check_arguments(what: str, build: Callable[..., Any], arguments: dict[str, 
             raise unknown_name(f"argument of {what}:", argument, parameters)
 
 
+def _recipe_modules() -> Iterator[tuple[str, Any]]:
+    """Yield the modules of recipes with their names."""
+    for path in sorted((_PACKAGE / "recipes").glob("*.py")):
+        yield path.stem, importlib.import_module(f"eanet.recipes.{path.stem}")
+
+
 def recipes() -> dict[str, Recipe]:
     """Return all recipes of this package by id, ``<module>/<key>``; imports no torch."""
-    found: dict[str, Recipe] = {}
-    for path in sorted((_PACKAGE / "recipes").glob("*.py")):
-        module = importlib.import_module(f"eanet.recipes.{path.stem}")
-        for key, value in getattr(module, "RECIPES", {}).items():
-            found[f"{path.stem}/{key}"] = value
-    return found
+    return {
+        f"{name}/{key}": value
+        for name, module in _recipe_modules()
+        for key, value in getattr(module, "RECIPES", {}).items()
+    }
+
+
+def demos() -> dict[str, str]:
+    """Return for each task the id of the recipe that ``eanet demo`` runs (``DEMO`` of a module)."""
+    return {
+        module.RECIPES[module.DEMO].task: f"{name}/{module.DEMO}"
+        for name, module in _recipe_modules()
+        if hasattr(module, "DEMO")
+    }
 
 
 def recipe(name: str) -> Recipe:

@@ -1,0 +1,43 @@
+"""Options and output that several subcommands share."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eanet.run import RunResult
+
+__all__ = ["add_device", "add_threads", "print_result", "use_threads"]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``."""
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU when there is one), cpu, cuda, cuda:1, mps"
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads``."""
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def use_threads(arguments: argparse.Namespace) -> None:
+    """Apply ``--threads``."""
+    if arguments.threads is not None:
+        import torch
+
+        torch.set_num_threads(max(arguments.threads, 1))
+
+
+def print_result(result: "RunResult") -> None:
+    """Print what a run reached and where its page is; one process of several prints."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    print()
+    for split, metrics in result.metrics.items():
+        for name, value in metrics.items():
+            print(f"  {split + ' ' + name:<34}{value:.4f}")
+    print(f"\n  run folder  {result.folder}")
+    if result.page is not None:
+        print(f"  page        {result.page.resolve().as_uri()}")

@@ -1,0 +1,41 @@
+"""Train on data that needs no download, in minutes on two cores, and show what was learned.
+
+Examples:
+  eanet demo
+  eanet demo --task classification --out runs/my-demo
+  eanet demo --all
+"""
+
+import argparse
+from pathlib import Path
+
+from eanet.cli import _options as options
+from eanet.errors import unknown_name
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    parser.add_argument("--task", default="classification", help="which task (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="every task, one after another")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: under runs/)")
+    options.add_device(parser)
+    options.add_threads(parser)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Run the demo of one task or of all."""
+    from eanet import registry
+
+    demos = registry.demos()
+    if not arguments.all and arguments.task not in demos:
+        raise unknown_name("demo task", arguments.task, demos)
+
+    from eanet import run
+
+    options.use_threads(arguments)
+    for task in demos if arguments.all else [arguments.task]:
+        recipe = registry.recipe(demos[task])
+        base = arguments.out or Path("runs") / f"demo-{task}"
+        folder = run.free_folder(base / task if arguments.all and arguments.out else base)
+        print(f"eanet demo: {demos[task]} into {folder}\n")
+        options.print_result(run.train(recipe, folder, device=arguments.device))

@@ -1,0 +1,41 @@
+"""Say what a model or a run is and costs: parameters, multiply-adds, memory, its largest parts.
+
+Examples:
+  eanet info eamlp_7
+  eanet info eamlp_7 --size 384 --fused
+  eanet info runs/try
+"""
+
+import argparse
+from pathlib import Path
+
+from eanet.errors import UserError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    parser.add_argument("what", metavar="RUN|MODEL", help="a run folder or the name of a model")
+    parser.add_argument(
+        "--size", metavar="H[xW]", help="size of the input in pixels (default: the model's own)"
+    )
+    parser.add_argument("--fused", action="store_true", help="after folding for inference")
+    parser.add_argument("--depth", type=int, default=2, help="levels of parts to list (default: 2)")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--size: expected H or HxW in pixels, such as 224 or 480x640, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Print what there is to say."""
+    size = _size(arguments.size)
+    from eanet import run
+
+    if Path(arguments.what).is_dir():
+        print(run.describe_run(Path(arguments.what)))
+    print(run.describe_model(arguments.what, size=size, fused=arguments.fused, depth=arguments.depth))

@@ -1,0 +1,42 @@
+"""Predict on files or folders with a trained run; write a table and annotated pictures.
+
+Examples:
+  eanet predict runs/try photo.png --out predictions
+  eanet predict runs/try folder/of/images --out predictions --no-pictures
+"""
+
+import argparse
+from pathlib import Path
+
+from eanet.cli import _options as options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE|FOLDER")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    parser.add_argument("--checkpoint", default="best", choices=["best", "last"])
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--no-pictures", action="store_true", help="write the tables alone")
+    options.add_device(parser)
+    options.add_threads(parser)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Predict."""
+    from eanet import run
+
+    options.use_threads(arguments)
+    prediction = run.predict(
+        arguments.run,
+        arguments.files,
+        out=arguments.out,
+        checkpoint=arguments.checkpoint,
+        batch_size=arguments.batch_size,
+        pictures=not arguments.no_pictures,
+        device=arguments.device,
+    )
+    for failure in prediction.failures:
+        print(f"  left out: {failure}")
+    print(f"  {len(prediction.records)} predictions in {arguments.out}")
