@@ -143,7 +143,9 @@ def salient_slots(maps: _Map, count: int, *, max_correlation: float = 0.9) -> li
     chosen: list[int] = []
     passed: list[int] = []
     for slot in np.argsort(-spread, kind="stable").tolist():
-        if chosen and float((vectors[chosen] @ vectors[slot]).max()) > max_correlation:
+        # rounding may carry the correlation of twins above 1
+        correlation = min(float((vectors[chosen] @ vectors[slot]).max(initial=-1.0)), 1.0)
+        if correlation > max_correlation:
             passed.append(slot)
         else:
             chosen.append(slot)
