@@ -9,7 +9,7 @@ nor that of training processes changes what a batch holds.
 import random
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,13 +35,18 @@ __all__ = [
 _SAMPLES_NAMED = 8
 
 
-def derive_seed(*numbers: int) -> int:
-    """Return a seed of 64 bits that is a fixed function of non-negative integers.
+def derive_seed(purpose: str, *numbers: int) -> int:
+    """Return a seed of 64 bits that is a fixed function of a purpose and non-negative integers.
 
-    >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
-    (True, False)
+    The purpose keeps draws apart that would otherwise share their numbers.
+
+    >>> derive_seed("order", 0, 1) == derive_seed("order", 0, 1)
+    True
+    >>> derive_seed("order", 0, 1) == derive_seed("sample", 0, 1)
+    False
     """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    entropy = (int.from_bytes(purpose.encode(), "little"), *numbers)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def seed_generators(seed: int, *, devices: bool) -> None:
@@ -60,7 +65,7 @@ def seed_generators(seed: int, *, devices: bool) -> None:
 
 
 @contextmanager
-def _untouched_process() -> Iterator[None]:
+def _untouched_process() -> Generator[None]:
     """Restore the global generators and the number of threads afterwards.
 
     One thread, because that is what loader workers compute with: a sum split over several threads
@@ -121,7 +126,7 @@ class BatchPlan:
         the words to be the same in every version, but not what its methods make of them.
         """
         if epoch not in self._orders:
-            words = np.random.PCG64(np.random.SeedSequence((self.seed, epoch)))
+            words = np.random.PCG64(derive_seed("order", self.seed, epoch))
             order = np.argsort(words.random_raw(self.num_samples), kind="stable")
             if len(self._orders) >= 2:
                 del self._orders[min(self._orders)]
@@ -160,7 +165,7 @@ class _BatchReader(TorchDataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """Return one transformed sample."""
         epoch, index = key
-        seed_generators(derive_seed(self.seed, epoch, index), devices=False)
+        seed_generators(derive_seed("sample", self.seed, epoch, index), devices=False)
         return self.transform(self.dataset[index])
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
@@ -221,7 +226,7 @@ class _Batches:
     def _keys(self) -> Iterator[list[tuple[int, int]]]:
         raise NotImplementedError
 
-    def _loaded(self) -> Iterator[tuple[list[tuple[int, int]], Any]]:
+    def _loaded(self) -> Generator[tuple[list[tuple[int, int]], Any]]:
         """Yield the keys and the batch made of them; closing the generator stops the workers."""
         loader = iter(
             DataLoader(
@@ -331,7 +336,7 @@ class TrainingBatches(_Batches):
                 yield samples[part * self._size : (part + 1) * self._size]
             number += 1
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Generator[MicroBatch]:
         """Yield micro-batches without end; close the iterator to stop its workers."""
         for keys, batch in self._loaded():
             yield MicroBatch(batch, keys)
