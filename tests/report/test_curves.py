@@ -63,10 +63,15 @@ def test_raw_and_averaged_weights_share_a_color_and_differ_in_dashes(records):
 
 
 def test_large_numbers_do_not_press_metrics_flat(records):
-    records.append({"step": 5, "kind": "train", "gradient_norm": 40.0, "flag": True, "note": "x"})
+    records.append(
+        {"step": 5, "kind": "train", "gradient_norm": 0.4, "extra": 40.0, "flag": True, "note": "x"}
+    )
     figure = training_curves(records)
     assert panels(figure) == ["Loss", "Metrics", "Other numbers", "Learning rate"]
-    assert lines_of(figure, "Other numbers") == {"gradient_norm, train": ([5], [40.0])}
+    assert lines_of(figure, "Other numbers") == {
+        "gradient_norm, train": ([5], [0.4]),
+        "extra, train": ([5], [40.0]),
+    }
 
 
 def test_losses_of_several_networks_and_their_rates():
@@ -86,6 +91,12 @@ def test_losses_of_several_networks_and_their_rates():
     assert figure.axes[0].get_yscale() == "linear"  # one of them is negative
 
 
+@pytest.mark.parametrize("key", ["cross_entropy", "critic/gradient_penalty", "ema/loss", "hinge"])
+def test_what_a_loss_is_called(key):
+    records = [{"step": 1, "kind": "validation", key: 0.5}]
+    assert panels(training_curves(records)) == ["Loss"]
+
+
 def test_scale_of_losses():
     def scale(values):
         records = [{"step": i, "kind": "train", "loss": v} for i, v in enumerate(values)]
@@ -97,7 +108,7 @@ def test_scale_of_losses():
 
 
 def test_values_that_are_not_finite_leave_gaps():
-    values = [1.0, float("nan"), float("inf"), 2.0]
+    values = [1.0, float("nan"), None, 2.0]
     records = [{"step": i, "kind": "train", "loss": v} for i, v in enumerate(values)]
     drawn = lines_of(training_curves(records), "Loss")["loss, train"][1]
     np.testing.assert_array_equal(drawn, [1.0, np.nan, np.nan, 2.0])

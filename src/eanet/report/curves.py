@@ -34,6 +34,8 @@ _TITLES: dict[_Panel, str] = {
 #: what says when and how fast, not how well
 _CLOCKS = {"step", "kind", "epoch", "seconds", "samples", "time"}
 _CLOCK_ENDINGS = ("_seconds", "_per_second", "_bytes")
+#: a number with one of these in its name is a loss
+_LOSS_WORDS = ("loss", "entropy", "hinge", "penalty", "divergence", "likelihood")
 #: a series with more points than this is drawn smoothed, its values faint behind
 _MOST_PLAIN_POINTS = 100
 
@@ -141,11 +143,14 @@ def _collect(records: Iterable[Mapping[str, Any]]) -> list[_Series]:
             leaf = key.rpartition("/")[2]
             if leaf in _CLOCKS or leaf.endswith(_CLOCK_ENDINGS):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            # JSON has no number for what is not finite; records hold null in its place
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
                 continue
             series = found.setdefault((kind, key), _Series(key, kind))
             series.steps.append(int(record["step"]))
-            series.values.append(float(value) if math.isfinite(value) else math.nan)
+            series.values.append(math.nan if value is None or math.isinf(value) else float(value))
     return [one for one in found.values() if not all(map(math.isnan, one.values))]
 
 
@@ -161,25 +166,23 @@ def _panel_of(series: _Series) -> _Panel:
     parts = series.key.lower().split("/")
     if "lr" in parts or "learning_rate" in parts:
         return "rates"
-    if any("loss" in part for part in parts):
+    if any(word in parts[-1] for word in _LOSS_WORDS):
         return "losses"
+    if "norm" in parts[-1]:
+        return "others"
     within = all(0 <= value <= 1 for value in series.values if not math.isnan(value))
     return "metrics" if within else "others"
 
 
 def _lay_out(panels: Sequence[_Panel]) -> tuple[Figure, dict[_Panel, Axes]]:
-    """Place two panels in a row and the learning rate, which says least, flat below them."""
-    main = [panel for panel in panels if panel != "rates"]
-    rows: list[list[str]] = [list(main[start : start + 2]) for start in range(0, len(main), 2)]
-    heights = [3.0] * len(rows)
-    if "rates" in panels:
-        rows.append(["rates"])
-        heights.append(1.7)
-    # a panel alone in its row takes the whole of it
-    mosaic = [row if len(row) == 2 else row * 2 for row in rows]
+    """Place two panels in a row; one alone in its row takes the whole of it."""
+    rows = [list(panels[start : start + 2]) for start in range(0, len(panels), 2)]
+    # what says least is at the end, and flat
+    heights = [1.7 if row == ["rates"] else 2.4 if "rates" in row[1:] else 3.0 for row in rows]
     figure = new_figure(9.0, sum(heights))
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr]
-    places: Any = figure.subplot_mosaic(mosaic, height_ratios=heights)  # type: ignore[arg-type]
+    mosaic: Any = [row if len(row) == 2 else row * 2 for row in rows]
+    places: Any = figure.subplot_mosaic(mosaic, height_ratios=heights)
     return figure, places
 
 
