@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from eanet._version import __version__
 
 if TYPE_CHECKING:
-    from eanet.hub import load
     from eanet.nn.capture import capture_attention
     from eanet.nn.external_attention import (
         ExternalAttention,
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
         external_attention,
         multi_head_external_attention,
     )
+    from eanet.prediction import predict
     from eanet.registry import create_model, list_models
-    from eanet.run import evaluate, predict, train
+    from eanet.run import evaluate, load, train
 
 _MODULE_OF = {
     "ExternalAttention": "eanet.nn.external_attention",
@@ -39,9 +39,9 @@ _MODULE_OF = {
     "fuse": "eanet.nn.fusion",
     "insert_external_attention": "eanet.nn.insertion",
     "list_models": "eanet.registry",
-    "load": "eanet.hub",
+    "load": "eanet.run",
     "multi_head_external_attention": "eanet.ops.attention",
-    "predict": "eanet.run",
+    "predict": "eanet.prediction",
     "train": "eanet.run",
 }
 

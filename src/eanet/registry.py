@@ -21,6 +21,7 @@ from eanet.recipe import Recipe
 
 __all__ = [
     "Entry",
+    "check_arguments",
     "create_model",
     "dataset",
     "datasets",
@@ -42,7 +43,9 @@ _Kind = Literal["model", "dataset", "task"]
 
 #: libraries that only an extra installs, for a clear answer when one is missing
 _EXTRA_OF = {
-    **dict.fromkeys(["torchvision", "timm", "torchmetrics", "sklearn", "PIL", "matplotlib"], "train"),
+    **dict.fromkeys(
+        ["torchvision", "timm", "torchmetrics", "sklearn", "PIL", "matplotlib"], "train"
+    ),
     **dict.fromkeys(["jsonargparse", "yaml", "rich", "tensorboard", "psutil"], "train"),
     **dict.fromkeys(["onnx", "onnxscript", "onnxruntime"], "export"),
     "gradio": "app",
@@ -111,7 +114,9 @@ def _marked(path: Path) -> Iterator[tuple[_Kind, str, str, str]]:
                     yield "model", node.name, node.name, summary
                 case ast.Name(id="register_task"):
                     yield "task", path.parent.name, node.name, summary
-                case ast.Call(func=ast.Name(id="register_dataset"), args=[ast.Constant(value=name)]):
+                case ast.Call(
+                    func=ast.Name(id="register_dataset"), args=[ast.Constant(value=name)]
+                ):
                     yield "dataset", str(name), node.name, summary
 
 
@@ -125,7 +130,9 @@ def _scan() -> dict[tuple[_Kind, str, str], Entry]:
         for kind, name, attribute, summary in _marked(path):
             key = (kind, room if kind == "dataset" else "", name)
             if key in found:
-                raise RuntimeError(f"{kind} {name!r} is defined in {found[key].module} and {module}")
+                raise RuntimeError(
+                    f"{kind} {name!r} is defined in {found[key].module} and {module}"
+                )
             found[key] = Entry(name, module, attribute, room, summary)
     return found
 
@@ -200,7 +207,7 @@ def create_model(name: str, **arguments: Any) -> Any:
     if name not in known:
         raise unknown_name("model", name, known, where="`eanet models` lists all")
     build = known[name].load()
-    _check_arguments(f"model {name!r}", build, arguments)
+    check_arguments(f"model {name!r}", build, arguments)
     try:
         model = build(**arguments)
     except (ValueError, TypeError) as error:
@@ -209,7 +216,7 @@ def create_model(name: str, **arguments: Any) -> Any:
     return model
 
 
-def _check_arguments(what: str, build: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def check_arguments(what: str, build: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Refuse argument names that a constructor does not take."""
     parameters = inspect.signature(build).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -57,9 +57,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 def _calls(path: Path) -> list[tuple[str, ast.Call]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [
-        (ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)
-    ]
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 def test_only_the_trainer_differentiates() -> None:
@@ -79,7 +77,7 @@ def test_no_unsafe_calls() -> None:
         for name, call in _calls(path):
             assert name not in banned, f"{path}: {name}"
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            if name.endswith("torch.load") or name == "load" and "weights_only" in keywords:
+            if name.endswith("torch.load") or (name == "load" and "weights_only" in keywords):
                 assert keywords.get("weights_only") == "True", f"{path}: torch.load"
             assert keywords.get("shell") != "True", f"{path}: shell=True"
             assert keywords.get("allow_pickle") != "True", f"{path}: allow_pickle"

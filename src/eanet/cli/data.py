@@ -23,9 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Check the data set; 0 when every sample could be read, 2 otherwise."""
-    from eanet import run
+    from eanet.describe import check_data
 
-    report = run.check_data(
+    report = check_data(
         arguments.name, arguments.root, task=arguments.task, samples=arguments.samples
     )
     print(report.text)

@@ -15,7 +15,9 @@ from eanet.errors import unknown_name
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this subcommand."""
-    parser.add_argument("--task", default="classification", help="which task (default: %(default)s)")
+    parser.add_argument(
+        "--task", default="classification", help="which task (default: %(default)s)"
+    )
     parser.add_argument("--all", action="store_true", help="every task, one after another")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: under runs/)")
     options.add_device(parser)

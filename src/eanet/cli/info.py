@@ -27,15 +27,17 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"--size: expected H or HxW in pixels, such as 224 or 480x640, got {text!r}")
+        raise UserError(
+            f"--size: expected H or HxW in pixels, such as 224 or 480x640, got {text!r}"
+        )
     return int(parts[0]), int(parts[-1])
 
 
 def execute(arguments: argparse.Namespace) -> None:
     """Print what there is to say."""
     size = _size(arguments.size)
-    from eanet import run
+    from eanet.describe import describe_model, describe_run
 
     if Path(arguments.what).is_dir():
-        print(run.describe_run(Path(arguments.what)))
-    print(run.describe_model(arguments.what, size=size, fused=arguments.fused, depth=arguments.depth))
+        print(describe_run(Path(arguments.what)))
+    print(describe_model(arguments.what, size=size, fused=arguments.fused, depth=arguments.depth))

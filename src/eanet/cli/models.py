@@ -24,10 +24,13 @@ def execute(arguments: argparse.Namespace) -> None:
     known = registry.models()
     names = registry.list_models(arguments.pattern)
     if not names:
-        raise unknown_name("model", arguments.pattern, known, where="a pattern such as 'eamlp*' works too")
+        raise unknown_name(
+            "model", arguments.pattern, known, where="a pattern such as 'eamlp*' works too"
+        )
     if arguments.json:
         rows = [
-            {"name": name, "task": known[name].task, "summary": known[name].summary} for name in names
+            {"name": name, "task": known[name].task, "summary": known[name].summary}
+            for name in names
         ]
         print(json.dumps(rows, indent=2))
         return

@@ -23,12 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_threads(parser)
 
 
-def execute(arguments: argparse.Namespace) -> None:
-    """Predict."""
-    from eanet import run
+def execute(arguments: argparse.Namespace) -> int:
+    """Predict; 0 when every file could be read, 2 otherwise."""
+    from eanet.prediction import predict
 
     options.use_threads(arguments)
-    prediction = run.predict(
+    prediction = predict(
         arguments.run,
         arguments.files,
         out=arguments.out,
@@ -40,3 +40,4 @@ def execute(arguments: argparse.Namespace) -> None:
     for failure in prediction.failures:
         print(f"  left out: {failure}")
     print(f"  {len(prediction.records)} predictions in {arguments.out}")
+    return 2 if prediction.failures else 0

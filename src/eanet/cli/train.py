@@ -34,7 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue the run in --out from its last checkpoint"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build data and network, run one batch, write nothing"
+        "--dry-run",
+        action="store_true",
+        help="build everything, run one step, write nothing",
     )
     options.add_device(parser)
     options.add_threads(parser)
@@ -42,19 +44,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Train."""
+    from eanet import registry
     from eanet.recipe_file import load_recipe, override
 
-    name = arguments.recipe
-    if name is not None and arguments.config is not None:
+    if arguments.recipe and arguments.config:
         raise UserError("give a recipe or --config FILE, not both")
-    if name is None and arguments.config is None:
-        stored = arguments.out / "recipe.yaml" if arguments.resume and arguments.out else None
-        if stored is None:
-            raise UserError("name a recipe (`eanet recipes` lists all), --config, or --resume --out DIR")
-        arguments.config = stored
-    from eanet import registry
-
-    recipe = load_recipe(arguments.config) if arguments.config else registry.recipe(name)
+    if arguments.recipe:
+        name, recipe = arguments.recipe, registry.recipe(arguments.recipe)
+    else:
+        config = arguments.config
+        if config is None and arguments.resume and arguments.out:
+            config = arguments.out / "recipe.yaml"
+        if config is None:
+            raise UserError("name a recipe (`eanet recipes`), --config, or --resume --out DIR")
+        name, recipe = config.stem, load_recipe(config)
     recipe = override(recipe, arguments.overrides)
 
     from eanet import run
@@ -63,6 +66,6 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(run.dry_run(recipe, device=arguments.device))
         return
-    folder = arguments.out or run.default_folder(name or arguments.config.stem)
+    folder = arguments.out or run.default_folder(name)
     result = run.train(recipe, folder, resume=arguments.resume, device=arguments.device)
     options.print_result(result)
