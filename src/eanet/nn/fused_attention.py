@@ -1,0 +1,246 @@
+"""What the attention modules become for inference: two thin matrices and a bias."""
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from eanet.nn.memories import autocast_input, cast, check_tokens, full_precision
+from eanet.ops.attention import Norm, check_mask
+from eanet.ops.attention.block import (
+    attention_of_logits,
+    attention_rows,
+    block_logits,
+    external_attention_block,
+)
+
+__all__ = [
+    "FusedExternalAttention",
+    "FusedExternalAttention2d",
+    "FusedMultiHeadExternalAttention",
+]
+
+
+class _FusedModule(nn.Module):
+    """Keys (S, C), values (C', S) and their biases as frozen parameters."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_bias: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.key = _frozen(key)
+        self.value = _frozen(value)
+        self.key_bias = None if key_bias is None else _frozen(key_bias)
+        self.bias = None if bias is None else _frozen(bias)
+        self.normalization: Norm = norm
+        self.eps = eps
+
+    def extra_repr(self) -> str:
+        """Return the sizes for ``print(model)``."""
+        return f"key={tuple(self.key.shape)}, value={tuple(self.value.shape)}"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    """Return a copy as a parameter that is not trained."""
+    return nn.Parameter(tensor.detach().clone().contiguous(), requires_grad=False)
+
+
+class FusedExternalAttention(_FusedModule):
+    """The inference form of ``ExternalAttention``; made by its ``fused()``."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_bias: Tensor | None,
+        bias: Tensor | None,
+        query: nn.Linear | None,
+        norm: Norm,
+        eps: float,
+        residual: bool,
+    ) -> None:
+        super().__init__(key, value, key_bias=key_bias, bias=bias, norm=norm, eps=eps)
+        self.residual = residual
+        self.in_channels = key.shape[1] if query is None else query.in_features
+        self.query_weight = None if query is None else _frozen(query.weight)
+        # without the residual the bias of the query is already part of key_bias, or cancels
+        query_bias: Tensor | None = query.bias if query is not None and residual else None
+        self.query_bias = None if query_bias is None else _frozen(query_bias)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """Return the query where it is kept, otherwise x; channels before tokens."""
+        if self.query_weight is not None:
+            x = F.linear(x, self.query_weight.to(x.dtype), cast(self.query_bias, x.dtype))
+        return x.transpose(1, 2)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens in_channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Attend from every token to the memories; arguments as before fusion."""
+        check_tokens(x, self.in_channels, "ExternalAttention")
+        check_mask(mask, tuple(x.shape[:2]))
+        x = autocast_input(x)
+        with full_precision(x):
+            out, _ = external_attention_block(
+                self._base(x),
+                self.key,
+                self.value,
+                key_bias=self.key_bias,
+                bias=self.bias,
+                norm=self.normalization,
+                eps=self.eps,
+                mask=mask,
+                residual=self.residual,
+                relu=False,
+            )
+        return out.transpose(1, 2)
+
+    def attention_map(
+        self,
+        x: Float[Tensor, "batch tokens in_channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens slots"]:
+        """Return A, at least in float32."""
+        x = autocast_input(x)
+        with full_precision(x):
+            rows = attention_rows(
+                self._base(x),
+                self.key,
+                key_bias=self.key_bias,
+                norm=self.normalization,
+                eps=self.eps,
+                mask=mask,
+            )
+        return rows.transpose(1, 2)
+
+
+class FusedExternalAttention2d(_FusedModule):
+    """The inference form of ``ExternalAttention2d``; made by its ``fused()``."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_bias: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        eps: float,
+        residual: bool,
+        relu: bool,
+    ) -> None:
+        super().__init__(key, value, key_bias=key_bias, bias=bias, norm=norm, eps=eps)
+        self.residual = residual
+        self.relu = relu
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Attend from every position to the memories; arguments as before fusion."""
+        self._check(x, mask)
+        x = autocast_input(x)
+        with full_precision(x):
+            out, _ = external_attention_block(
+                x.flatten(2),
+                self.key,
+                self.value,
+                key_bias=self.key_bias,
+                bias=self.bias,
+                norm=self.normalization,
+                eps=self.eps,
+                mask=None if mask is None else mask.flatten(1),
+                residual=self.residual,
+                relu=self.relu,
+            )
+        return out.reshape(*out.shape[:2], *x.shape[2:])
+
+    def attention_map(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> Float[Tensor, "batch slots height width"]:
+        """Return A, at least in float32."""
+        self._check(x, mask)
+        x = autocast_input(x)
+        with full_precision(x):
+            rows = attention_rows(
+                x.flatten(2),
+                self.key,
+                key_bias=self.key_bias,
+                norm=self.normalization,
+                eps=self.eps,
+                mask=None if mask is None else mask.flatten(1),
+            )
+        return rows.reshape(*rows.shape[:2], *x.shape[2:])
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        """Refuse inputs and masks of another shape."""
+        if x.ndim != 4 or x.shape[1] != self.key.shape[1]:
+            raise ValueError(
+                f"ExternalAttention2d takes (batch, {self.key.shape[1]}, height, width), "
+                f"got {tuple(x.shape)}"
+            )
+        check_mask(mask, (x.shape[0], *x.shape[2:]))
+
+
+class FusedMultiHeadExternalAttention(_FusedModule):
+    """The inference form of ``MultiHeadExternalAttention``; made by its ``fused()``."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        *,
+        num_heads: int,
+        key_bias: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        eps: float,
+    ) -> None:
+        super().__init__(key, value, key_bias=key_bias, bias=bias, norm=norm, eps=eps)
+        self.num_heads = num_heads
+
+    def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return A (batch, heads, slots, tokens), at least in float32."""
+        check_tokens(x, self.key.shape[1], "MultiHeadExternalAttention")
+        check_mask(mask, tuple(x.shape[:2]))
+        logits = block_logits(x.transpose(1, 2), self.key, self.key_bias)
+        return attention_of_logits(
+            logits.view(x.shape[0], self.num_heads, -1, x.shape[1]),
+            norm=self.normalization,
+            eps=self.eps,
+            mask=mask,
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Attend from every token to the memories, head by head; arguments as before fusion."""
+        x = autocast_input(x)
+        with full_precision(x):
+            rows = self._attention(x, mask).to(x.dtype).flatten(1, 2)
+            out = F.linear(rows.transpose(1, 2), self.value.to(x.dtype), cast(self.bias, x.dtype))
+            return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def attention_map(
+        self,
+        x: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch heads tokens slots"]:
+        """Return A, at least in float32."""
+        x = autocast_input(x)
+        with full_precision(x):
+            return self._attention(x, mask).transpose(2, 3)

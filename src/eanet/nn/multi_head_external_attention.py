@@ -1,0 +1,198 @@
+"""External attention with several heads that share the memories."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from eanet.nn.dead_parameters import attach_zero_gradient
+from eanet.nn.fused_attention import FusedMultiHeadExternalAttention
+from eanet.nn.memories import (
+    MemoryInit,
+    MemoryModule,
+    autocast_input,
+    check_positive,
+    check_tokens,
+    full_precision,
+)
+from eanet.ops.attention import Norm, check_mask
+from eanet.ops.attention.block import attention_rows
+
+__all__ = ["MultiHeadExternalAttention"]
+
+
+class MultiHeadExternalAttention(MemoryModule):
+    """External attention with several heads that share the memories, (batch, tokens, channels).
+
+    Eq. 12-14, arXiv 2105.02358, with the widening of the authors' code::
+
+        u = query(x), split into H heads of width d = expansion * channels / H
+        y = projection(concat over heads of norm(u_h M_k^T + key bias) M_v + value bias)
+
+    Deviation: the paper's equations have no widening and no memory biases; ``expansion=1`` and
+    ``memory_bias=False`` give them.
+
+    Args:
+        channels: D, width of tokens and result.
+        num_slots: S, number of memory rows.
+        num_heads: H, the total number of heads (16 for EAMLP-7).
+        expansion: c, how much wider than D all heads are together.
+        memory_bias: biases on both memories. The key bias cancels under "double".
+        norm: "double" (Eq. 10-11) or "softmax" over the slots.
+        eps: of the double normalization; 0 is the exact form.
+        attention_dropout: probability to drop an entry of A in training.
+        projection_dropout: probability to drop an entry of the result in training.
+        memory_init: "shared" starts M_v as a copy of M_k, "independent" draws both.
+        tie_memory: one memory for both roles.
+
+    Raises:
+        ValueError: an argument is outside its range, or the heads do not divide the width.
+
+    >>> layer = MultiHeadExternalAttention(32, 8, num_heads=4, expansion=2)
+    >>> layer(torch.zeros(2, 10, 32)).shape, layer.attention_map(torch.zeros(2, 10, 32)).shape
+    (torch.Size([2, 10, 32]), torch.Size([2, 4, 10, 8]))
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_slots: int = 64,
+        *,
+        num_heads: int,
+        expansion: int = 4,
+        memory_bias: bool = True,
+        norm: Norm = "double",
+        eps: float = 1e-9,
+        attention_dropout: float = 0.0,
+        projection_dropout: float = 0.0,
+        memory_init: MemoryInit = "independent",
+        tie_memory: bool = False,
+    ) -> None:
+        check_positive(channels=channels, num_heads=num_heads, expansion=expansion)
+        if expansion * channels % num_heads:
+            raise ValueError(
+                f"num_heads {num_heads} does not divide {expansion * channels} "
+                f"(expansion {expansion} times channels {channels})"
+            )
+        super().__init__(
+            num_slots,
+            expansion * channels // num_heads,
+            norm=norm,
+            eps=eps,
+            memory_init=memory_init,
+            tie_memory=tie_memory,
+            key_bias=memory_bias,
+            value_bias=memory_bias,
+        )
+        self.channels = channels
+        self.num_heads = num_heads
+        self.query = nn.Linear(channels, expansion * channels)
+        self.projection = nn.Linear(expansion * channels, channels)
+        self.attention_dropout = attention_dropout
+        self.projection_dropout = projection_dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters as EAMLP does: weights truncated normal, std 0.02, biases 0."""
+        for layer in (self.query, self.projection):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.initialize_memories_(0.02)
+
+    def attention_map(
+        self,
+        x: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch heads tokens slots"]:
+        """Return A, at least in float32, without dropout (Figure 5)."""
+        self._check(x, mask)
+        x = autocast_input(x)
+        with full_precision(x):
+            return self._attention(x, mask).transpose(2, 3)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Attend from every token to the memories, head by head.
+
+        Args:
+            x: tokens.
+            mask: True for tokens that take part; the others get 0.
+        """
+        self._check(x, mask)
+        x = autocast_input(x)
+        batch, tokens, _ = x.shape
+        with full_precision(x):
+            attention = self._attention(x, mask)
+            if self.training and self.attention_dropout > 0:
+                attention = F.dropout(attention, self.attention_dropout)
+            attention = attention.to(x.dtype).flatten(0, 1)
+            values = self.values.to(x.dtype).transpose(0, 1)
+            heads = torch.bmm(values.expand(attention.shape[0], *values.shape), attention)
+            # both biases follow a linear map of all heads and are added as one
+            weight, bias = self.projection.weight, self.projection.bias
+            if self.memory_value_bias is not None:
+                bias = bias + weight @ self.memory_value_bias.repeat(self.num_heads)
+            heads = heads.view(batch, -1, tokens).transpose(1, 2)
+            out = F.linear(heads, weight.to(x.dtype), bias.to(x.dtype))
+            if self.training and self.projection_dropout > 0:
+                out = F.dropout(out, self.projection_dropout)
+            return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return A (batch, heads, slots, tokens), at least in float32."""
+        batch, tokens, _ = x.shape
+        key, key_bias, query_bias = self.memory_key, self.memory_key_bias, self.query.bias
+        if self.normalization == "double":
+            key = attach_zero_gradient(key, key_bias, query_bias)
+            key_bias = query_bias = None
+        # tokens last, so that the softmax over them runs over memory that lies together
+        weight = self.query.weight.to(x.dtype)
+        queries = torch.bmm(weight.expand(batch, *weight.shape), x.transpose(1, 2))
+        if query_bias is not None:
+            queries = queries + query_bias.to(x.dtype).unsqueeze(-1)
+        rows = attention_rows(
+            queries.view(batch * self.num_heads, -1, tokens),
+            key,
+            key_bias=key_bias,
+            norm=self.normalization,
+            eps=self.eps,
+            mask=None if mask is None else mask.repeat_interleave(self.num_heads, dim=0),
+        )
+        return rows.view(batch, self.num_heads, self.num_slots, tokens)
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        """Refuse inputs and masks of another shape."""
+        check_tokens(x, self.channels, type(self).__name__)
+        check_mask(mask, tuple(x.shape[:2]))
+
+    @torch.no_grad()
+    def fused(self) -> FusedMultiHeadExternalAttention:
+        """Return an inference module in which each head is two thin matrices.
+
+        It multiplies less than this module where S <= D d / (D - d), with d the width of a head.
+        """
+        heads, width = self.num_heads, self.memory_key.shape[1]
+        query = self.query.weight.view(heads, width, -1)  # (H, d, D)
+        key = torch.matmul(self.memory_key, query).flatten(0, 1)  # (H S, D)
+        projection = self.projection.weight.view(-1, heads, width)  # (D, H, d)
+        value = torch.matmul(projection, self.values.transpose(0, 1)).flatten(1)  # (D, H S)
+        bias = self.projection.bias
+        if self.memory_value_bias is not None:
+            bias = bias + self.projection.weight @ self.memory_value_bias.repeat(heads)
+        key_bias = None
+        if self.normalization == "softmax":
+            key_bias = (self.query.bias.view(heads, width) @ self.memory_key.T).flatten()
+            if self.memory_key_bias is not None:
+                key_bias = key_bias + self.memory_key_bias.repeat(heads)
+        return FusedMultiHeadExternalAttention(
+            key,
+            value,
+            num_heads=heads,
+            key_bias=key_bias,
+            bias=bias,
+            norm=self.normalization,
+            eps=self.eps,
+        )
