@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -51,3 +52,10 @@ def test_the_page_itself_needs_the_standard_library_alone():
         "assert not {'matplotlib', 'numpy', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_draw_at_once():
+    expected = picture(drawn(), "c").data
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: picture(drawn(), "c").data, range(16)))
+    assert set(found) == {expected}
