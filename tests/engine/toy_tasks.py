@@ -106,9 +106,7 @@ class Classifier(nn.Module):
     def __init__(self, *, norm="layer", dropout=0.1, width=8, tied=False, depth=2):
         super().__init__()
         self.stem = nn.Linear(CHANNELS, width)
-        self.blocks = nn.ModuleList(
-            Block(width, norm=norm, dropout=dropout) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, norm=norm, dropout=dropout) for _ in range(depth))
         if tied:
             self.blocks[-1].linear.weight = self.blocks[0].linear.weight
         self.head = nn.Linear(width, CLASSES)

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import Any, cast
 
@@ -27,8 +26,6 @@ from eanet.engine.checkpoint import (
     checkpoint_path,
     list_checkpoints,
     newest_intact,
-    prune_checkpoints,
-    save_checkpoint,
 )
 from eanet.engine.continuation import check_continuation, continuation_facts
 from eanet.engine.distributed import Processes, exchanges_gradients, spread, whole
@@ -38,20 +35,13 @@ from eanet.engine.interruption import Interrupted, SignalWatch, watch_signals
 from eanet.engine.optim import build_optimizer, set_learning_rate
 from eanet.engine.progress import Journal
 from eanet.engine.run_folder import RunFolder, environment
+from eanet.engine.run_state import RunState, Trained
 from eanet.engine.schedule import Timetable, learning_rate_factor
-from eanet.engine.state import (
-    network_tensors,
-    optimizer_tensors,
-    restore_averages,
-    restore_network,
-    restore_optimizer,
-    whole_on_cpu,
-)
 from eanet.engine.task import Update
 from eanet.errors import UserError, unknown_name
 from eanet.recipe import OptimSpec, Recipe
 
-__all__ = ["NonFiniteLossError", "RunState", "Trainer"]
+__all__ = ["NonFiniteLossError", "Trainer"]
 
 #: steps that a record of the training losses averages over
 _STEPS_PER_RECORD = 10
@@ -61,33 +51,6 @@ _SKIPS_IN_A_ROW = 100
 
 class NonFiniteLossError(UserError):
     """A loss or gradient was infinite or not a number."""
-
-
-@dataclass
-class RunState:
-    """Where a run stands; with the tensors of networks and optimizers, all that a resume needs.
-
-    Args:
-        step: steps done.
-        seconds: time spent on them, validations included.
-        skipped_updates: updates left out because they were not finite.
-        skips_in_a_row: of these, the last ones without a good update between.
-        sums: of the numbers logged since the last record.
-        counts: how many of each.
-        validated: value of ``step`` at the last validation.
-        metrics: of the last validation.
-        best: ``step``, ``weights``, ``metric``, ``value`` and ``metrics`` of the best validation.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    skipped_updates: int = 0
-    skips_in_a_row: int = 0
-    sums: dict[str, float] = field(default_factory=dict[str, float])
-    counts: dict[str, int] = field(default_factory=dict[str, int])
-    validated: int = 0
-    metrics: dict[str, float] = field(default_factory=dict[str, float])
-    best: dict[str, Any] | None = None
 
 
 class Trainer:
@@ -164,6 +127,7 @@ class Trainer:
             if spec.ema_decay
             else None
         )
+        self.trained = Trained(self.networks, self.optimizers, self.averages)
 
     def fit(self, *, resume: bool = True) -> dict[str, Any]:
         """Train to the end of the run, from its newest checkpoint where it has one.
@@ -176,7 +140,7 @@ class Trainer:
 
         Returns:
             ``step``, ``seconds``, ``skipped_updates``, ``metrics`` (of the last validation) and
-            ``best`` (see :class:`RunState`), as JSON values.
+            ``best`` (see :class:`~eanet.engine.run_state.RunState`), as JSON values.
 
         Raises:
             Interrupted: a signal asked to stop; a checkpoint has been written.
@@ -202,13 +166,13 @@ class Trainer:
             )
             if self.state.step == total and not self._validation_is_due():
                 journal.say(f"{self.folder.path}: the run is finished, step {total} of {total}")
-                return self._result()
+                return self.state.result()
             if self.state.step:
                 journal.say(f"{self.folder.path}: going on from step {self.state.step} of {total}")
             elif self.processes.is_main:
                 self.folder.write_json(self.folder.environment, environment())
             self._loop(stack.enter_context(closing(self._batches())), journal, signals)
-        return self._result()
+        return self.state.result()
 
     def _batches(self) -> Generator[MicroBatch]:
         """Return the micro-batches of this process from the current step on."""
@@ -275,7 +239,7 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             set_learning_rate(optimizer, self._specs[name], factor)
         seed = derive_seed("step", self.recipe.train.seed, step, self.processes.rank)
-        seed_generators(seed, devices=True)
+        seed_generators(seed, device=self.processes.device)
         buffers = self._copied_buffers()
         with self._task_calls(self._called):
             generators = [
@@ -284,7 +248,7 @@ class Trainer:
             ]
             while (computed := self._differentiate(generators)) is not None:
                 name, values = computed
-                if not self._finite(name, values, step, micro_batches):
+                if not self._may_step(name, values, step, micro_batches):
                     self._write_back(buffers)
                     self.state.skipped_updates += 1
                     self.state.skips_in_a_row += 1
@@ -330,7 +294,7 @@ class Trainer:
         name = names.pop()
         return None if name is None else (name, values)
 
-    def _finite(
+    def _may_step(
         self,
         name: str,
         values: dict[str, Tensor],
@@ -354,9 +318,7 @@ class Trainer:
             self._refuse(name, numbers, step, micro_batches)
             return False
         prefix = f"{name}/" if len(self.optimizers) > 1 else ""
-        for key, number in numbers.items():
-            self.state.sums[prefix + key] = self.state.sums.get(prefix + key, 0.0) + number
-            self.state.counts[prefix + key] = self.state.counts.get(prefix + key, 0) + 1
+        self.state.add({prefix + key: number for key, number in numbers.items()})
         limit, norm = self._specs[name].clip_norm, numbers["gradient_norm"]
         if limit is not None and norm > limit:
             for gradient in gradients:
@@ -405,15 +367,13 @@ class Trainer:
         state = self.state
         if state.step % _STEPS_PER_RECORD and state.step != self.timetable.total_steps:
             return
-        numbers = {key: total / state.counts[key] for key, total in state.sums.items()}
+        numbers = state.take_means()
         for name in self.optimizers:
             key = f"{name}/lr" if len(self.optimizers) > 1 else "lr"
             numbers[key] = self._specs[name].lr * self._rate_factor(state.step - 1)
         numbers["epoch"] = self.timetable.epoch(state.step)
         numbers["seconds"] = state.seconds
         journal.train(state.step, numbers)
-        state.sums.clear()
-        state.counts.clear()
 
     # Networks
 
@@ -464,11 +424,14 @@ class Trainer:
                 metrics |= {f"ema/{key}": value for key, value in averaged.items()}
         if metrics is None:
             return False
-        self.state.validated = self.state.step
-        self.state.metrics = metrics
         if metrics:
             journal.validation(self.state.step, metrics)
-            self._keep_best(metrics)
+        self.state.note_validation(
+            metrics,
+            metric=self.task.best_metric,
+            mode=self.task.best_mode,
+            weights="raw" if self.averages is None else "ema",
+        )
         return True
 
     def _measure(self, signals: SignalWatch) -> dict[str, float] | None:
@@ -487,50 +450,19 @@ class Trainer:
                 stop=lambda: signals.caught,
             )
 
-    def _keep_best(self, metrics: Mapping[str, float]) -> None:
-        """Note the validation if it is the best so far, by the average where one is kept."""
-        metric = self.task.best_metric
-        weights = "raw" if self.averages is None else "ema"
-        value = metrics[metric if weights == "raw" else f"ema/{metric}"]
-        sign = 1.0 if self.task.best_mode == "max" else -1.0
-        best = self.state.best
-        if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
-            self.state.best = {
-                "step": self.state.step,
-                "weights": weights,
-                "metric": metric,
-                "value": value,
-                "metrics": dict(metrics),
-            }
-
     def _continuation(self) -> dict[str, Any]:
         return continuation_facts(
             self.recipe, num_samples=self.plan.num_samples, processes=self.processes
         )
 
     def _save(self, journal: Journal) -> None:
-        """Write a checkpoint, then delete those that are no longer needed."""
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name, network in self.networks.items():
-            tensors[f"network.{name}"] = network_tensors(network)
-            if name in self.optimizers:
-                tensors[f"optimizer.{name}"] = optimizer_tensors(network, self.optimizers[name])
-            if self.averages is not None:
-                tensors[f"ema.{name}"] = whole_on_cpu(self.averages.weights[name])
-        if self.processes.is_main:
-            journal.make_durable()
-            facts = {
-                "networks": sorted(self.networks),
-                "has_average": self.averages is not None,
-                "continuation": self._continuation(),
-            }
-            save_checkpoint(self.folder.checkpoints, tensors, {**asdict(self.state), **facts})
-            best = self.state.best
-            prune_checkpoints(
-                self.folder.checkpoints, best_step=None if best is None else best["step"]
-            )
-        # nobody goes on, and perhaps reads the folder, before it is complete
-        self.processes.sum([0.0])
+        journal.make_durable()
+        self.trained.save(
+            self.state,
+            self.folder,
+            continuation=self._continuation(),
+            processes=self.processes,
+        )
 
     def _restore(self, *, resume: bool) -> None:
         """Take up the newest intact checkpoint, if there is one."""
@@ -552,29 +484,7 @@ class Trainer:
                 f"{checkpoint.path} is {step} steps into the run, which is to be "
                 f"{self.timetable.total_steps} long; set train.steps or train.epochs higher"
             )
-        for name, network in self.networks.items():
-            path = checkpoint.path / f"network.{name}.safetensors"
-            restore_network(network, checkpoint.tensors(path.stem), source=path)
-            if name in self.optimizers:
-                path = checkpoint.path / f"optimizer.{name}.safetensors"
-                optimizer = self.optimizers[name]
-                restore_optimizer(network, optimizer, checkpoint.tensors(path.stem), source=path)
-            if self.averages is not None:
-                path = checkpoint.path / f"ema.{name}.safetensors"
-                averages = self.averages.weights[name]
-                restore_averages(averages, checkpoint.tensors(path.stem), source=path)
-        known = {each.name for each in fields(RunState)}
-        self.state = RunState(**{k: v for k, v in checkpoint.state.items() if k in known})
-
-    def _result(self) -> dict[str, Any]:
-        state = self.state
-        return {
-            "step": state.step,
-            "seconds": state.seconds,
-            "skipped_updates": state.skipped_updates,
-            "metrics": dict(state.metrics),
-            "best": state.best,
-        }
+        self.state = self.trained.restore(checkpoint)
 
 
 def _named_values(update: Update, loss: Tensor) -> dict[str, Tensor]:
