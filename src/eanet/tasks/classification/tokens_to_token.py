@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eanet.nn.external_attention import ExternalAttention
+from eanet.nn.self_attention import SelfAttention
+from eanet.nn.transformer import Mlp
 
 __all__ = [
     "PerformerAttention",
@@ -22,7 +24,6 @@ __all__ = [
     "Stem",
     "TokenBlock",
     "TokenMemoryMLP",
-    "TokenSelfAttention",
     "TokensToToken",
 ]
 
@@ -138,36 +139,6 @@ class PerformerAttention(nn.Module):
         return values + self.dropout(self.projection(attended.to(values.dtype)))
 
 
-class TokenSelfAttention(nn.Module):
-    """Self-attention of one head that changes the width; the token's own value is added.
-
-    The logits are scaled by the root of the width *before*, not of the keys.
-
-    Args:
-        in_channels: width of a token before.
-        channels: width after, of queries, keys and values.
-    """
-
-    def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
-        self.scale = in_channels**-0.5
-        self.queries_keys_values = nn.Linear(in_channels, 3 * channels, bias=False)
-        self.projection = nn.Linear(channels, channels)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens in_channels"],
-        mask: Bool[Tensor, "batch tokens"] | None = None,
-    ) -> Float[Tensor, "batch tokens channels"]:
-        """Return value plus attention; masked tokens are no keys."""
-        queries, keys, values = self.queries_keys_values(x).chunk(3, dim=-1)
-        key_mask = None if mask is None else mask[:, None, :]
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=key_mask, scale=self.scale
-        )
-        return values + self.projection(attended)
-
-
 class TokenMemoryMLP(nn.Module):
     """The linear layers of external attention with GELU in the place of its normalizations.
 
@@ -217,12 +188,7 @@ class TokenBlock(nn.Module):
         self.norm1 = nn.LayerNorm(in_channels)
         self.attention = attention
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, channels),
-            nn.GELU(),
-            nn.Linear(channels, channels),
-            nn.Dropout(dropout),
-        )
+        self.mlp = Mlp(channels, channels, dropout=dropout)
 
     def forward(
         self,
@@ -291,7 +257,10 @@ class TokensToToken(nn.Module):
             elif stem == "performer":
                 attention = PerformerAttention(patch_width, width)
             elif stem == "transformer":
-                attention = TokenSelfAttention(patch_width, width)
+                # scaled by the width before, not that of the keys, as published
+                attention = SelfAttention(
+                    width, in_channels=patch_width, scale=patch_width**-0.5, residual="value"
+                )
             elif stem == "mlp":
                 attention = TokenMemoryMLP(patch_width, width, num_slots=num_slots)
             else:

@@ -7,6 +7,7 @@ faster on it; they are part of the training step and run on the network's device
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from eanet.tasks.classification.samples import Sample, image_to_tensor
 
 __all__ = [
     "Augmentation",
+    "SampleTransform",
     "erase",
     "evaluation_transform",
     "mix",
@@ -141,31 +143,37 @@ class ImageNetAugmentation:
         return self.rand_augment(image.convert("RGB")).convert(image.mode)
 
 
-def _on_samples(steps: Sequence[_ImageTransform]) -> Callable[[Sample], Sample]:
-    """Chain transforms of images into one of samples that ends in bytes."""
+@dataclass(frozen=True)
+class SampleTransform:
+    """A chain of transforms of images, as a transform of samples that ends in bytes.
 
-    def apply(sample: Sample) -> Sample:
+    Args:
+        steps: image to image, in order.
+    """
+
+    steps: Sequence[Callable[[Image.Image], Image.Image]]
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Return the sample with its image as a tensor of bytes."""
         image = sample.image
         if isinstance(image, Tensor):
             raise ValueError(f"sample {sample.name!r} has been transformed already")
-        for step in steps:
+        for step in self.steps:
             image = step(image)
         return sample.with_image(image_to_tensor(image))
 
-    return apply
 
-
-def evaluation_transform(*, size: int, crop_fraction: float = 1.0) -> Callable[[Sample], Sample]:
+def evaluation_transform(*, size: int, crop_fraction: float = 1.0) -> SampleTransform:
     """Return the transform of validation, test and prediction; it has no random choice.
 
     Args:
         size: edge of the square that comes out, in pixels.
         crop_fraction: see :class:`ResizeAndCrop`.
     """
-    return _on_samples([ResizeAndCrop(size, crop_fraction)])
+    return SampleTransform([ResizeAndCrop(size, crop_fraction)])
 
 
-def training_transform(augmentation: Augmentation, *, size: int) -> Callable[[Sample], Sample]:
+def training_transform(augmentation: Augmentation, *, size: int) -> SampleTransform:
     """Return the transform of training samples.
 
     Args:
@@ -185,7 +193,7 @@ def training_transform(augmentation: Augmentation, *, size: int) -> Callable[[Sa
     }
     if augmentation not in steps:
         raise ValueError(f"augment must be one of {', '.join(steps)}; got {augmentation!r}")
-    return _on_samples(steps[augmentation]())
+    return SampleTransform(steps[augmentation]())
 
 
 def mix(
