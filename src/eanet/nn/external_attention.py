@@ -31,7 +31,7 @@ from eanet.nn.memories import (
 )
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
 from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import BatchNormArguments, attention_rows, external_attention_block
+from eanet.ops.attention.block import BatchNormArguments, attention_rows
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
 
@@ -168,11 +168,15 @@ class ExternalAttention(MemoryModule):
         check_mask(mask, tuple(x.shape[:2]))
         x = autocast_input(x)
         with full_precision(x):
+            self.refuse_dropout(
+                attention_dropout=self.attention_dropout,
+                projection_dropout=self.projection_dropout,
+            )
             base, key, key_bias = self._key_side(x)
             value, bias = self._value_side()
             if self.training and (self.attention_dropout > 0 or self.projection_dropout > 0):
                 return self._forward_with_dropout(base, key, key_bias, value, bias, mask)
-            out, _ = external_attention_block(
+            out, _ = self.attention_block(
                 base.transpose(1, 2),
                 key,
                 value,
@@ -390,7 +394,7 @@ class ExternalAttention2d(MemoryModule):
                 batch_norm = BatchNormArguments(self.norm.weight, self.norm.bias, self.norm.eps)
             elif self.norm is not None:
                 value, bias = fold_running_statistics(self.norm, value)
-            out, statistics = external_attention_block(
+            out, statistics = self.attention_block(
                 x.flatten(2),
                 key,
                 value,
@@ -419,7 +423,7 @@ class ExternalAttention2d(MemoryModule):
         assert self.norm is not None
         if mask is not None and isinstance(self.norm, nn.SyncBatchNorm) and self.norm.training:
             raise ValueError("SyncBatchNorm cannot leave masked positions out; pass mask=None")
-        branch, _ = external_attention_block(
+        branch, _ = self.attention_block(
             x.flatten(2),
             key,
             value,

@@ -5,12 +5,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from eanet.nn.memories import autocast_input, cast, check_tokens, full_precision
+from eanet.nn.streaming import StreamedModule
 from eanet.ops.attention import Norm, check_mask
 from eanet.ops.attention.block import (
     attention_of_logits,
     attention_rows,
     block_logits,
-    external_attention_block,
 )
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-class _FusedModule(nn.Module):
+class _FusedModule(StreamedModule):
     """Keys (S, C), values (C', S) and their biases as frozen parameters."""
 
     def __init__(
@@ -90,7 +90,7 @@ class FusedExternalAttention(_FusedModule):
         check_mask(mask, tuple(x.shape[:2]))
         x = autocast_input(x)
         with full_precision(x):
-            out, _ = external_attention_block(
+            out, _ = self.attention_block(
                 self._base(x),
                 self.key,
                 self.value,
@@ -151,7 +151,7 @@ class FusedExternalAttention2d(_FusedModule):
         self._check(x, mask)
         x = autocast_input(x)
         with full_precision(x):
-            out, _ = external_attention_block(
+            out, _ = self.attention_block(
                 x.flatten(2),
                 self.key,
                 self.value,
@@ -213,8 +213,7 @@ class FusedMultiHeadExternalAttention(_FusedModule):
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return A (batch, heads, slots, tokens), at least in float32."""
-        check_tokens(x, self.key.shape[1], "MultiHeadExternalAttention")
-        check_mask(mask, tuple(x.shape[:2]))
+        self._check(x, mask)
         logits = block_logits(x.transpose(1, 2), self.key, self.key_bias)
         return attention_of_logits(
             logits.view(x.shape[0], self.num_heads, -1, x.shape[1]),
@@ -231,6 +230,22 @@ class FusedMultiHeadExternalAttention(_FusedModule):
         """Attend from every token to the memories, head by head; arguments as before fusion."""
         x = autocast_input(x)
         with full_precision(x):
+            if self.chunk_tokens is not None:
+                self._check(x, mask)
+                out, _ = self.attention_block(
+                    x.transpose(1, 2),
+                    self.key,
+                    self.value,
+                    num_groups=self.num_heads,
+                    key_bias=self.key_bias,
+                    bias=self.bias,
+                    norm=self.normalization,
+                    eps=self.eps,
+                    mask=mask,
+                    residual=False,
+                    relu=False,
+                )
+                return out.transpose(1, 2)
             rows = self._attention(x, mask).to(x.dtype).flatten(1, 2)
             out = F.linear(rows.transpose(1, 2), self.value.to(x.dtype), cast(self.bias, x.dtype))
             return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -244,3 +259,8 @@ class FusedMultiHeadExternalAttention(_FusedModule):
         x = autocast_input(x)
         with full_precision(x):
             return self._attention(x, mask).transpose(2, 3)
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        """Refuse inputs and masks of another shape."""
+        check_tokens(x, self.key.shape[1], "MultiHeadExternalAttention")
+        check_mask(mask, tuple(x.shape[:2]))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eanet.nn.initialization import initialize_memories_
+from eanet.nn.streaming import StreamedModule
 from eanet.ops.attention import Norm, check_norm
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
 MemoryInit = Literal["shared", "independent"]
 
 
-class MemoryModule(nn.Module):
+class MemoryModule(StreamedModule):
     """Base of the modules that own the memories M_k and M_v.
 
     Args:

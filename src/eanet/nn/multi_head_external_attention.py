@@ -125,6 +125,8 @@ class MultiHeadExternalAttention(MemoryModule):
         x = autocast_input(x)
         batch, tokens, _ = x.shape
         with full_precision(x):
+            if self.chunk_tokens is not None:
+                return self._forward_streamed(x, mask)
             attention = self._attention(x, mask)
             if self.training and self.attention_dropout > 0:
                 attention = F.dropout(attention, self.attention_dropout)
@@ -140,6 +142,27 @@ class MultiHeadExternalAttention(MemoryModule):
             if self.training and self.projection_dropout > 0:
                 out = F.dropout(out, self.projection_dropout)
             return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def _forward_streamed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the result chunk by chunk, each head as two thin matrices."""
+        self.refuse_dropout(
+            attention_dropout=self.attention_dropout, projection_dropout=self.projection_dropout
+        )
+        key, value, key_bias, bias = self._thin_matrices()
+        out, _ = self.attention_block(
+            x.transpose(1, 2),
+            key,
+            value,
+            num_groups=self.num_heads,
+            key_bias=key_bias,
+            bias=bias,
+            norm=self.normalization,
+            eps=self.eps,
+            mask=mask,
+            residual=False,
+            relu=False,
+        )
+        return out.transpose(1, 2)
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return A (batch, heads, slots, tokens), at least in float32."""
@@ -168,29 +191,39 @@ class MultiHeadExternalAttention(MemoryModule):
         check_tokens(x, self.channels, type(self).__name__)
         check_mask(mask, tuple(x.shape[:2]))
 
+    def _thin_matrices(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return keys (H S, D) and values (D, H S) with the projections inside, and their biases.
+
+        The bias of the keys is ``None`` under "double", where it cancels.
+        """
+        heads, width = self.num_heads, self.memory_key.shape[1]
+        query = self.query.weight.view(heads, width, -1)  # (H, d, D)
+        memory_key, key_bias = self.memory_key, None
+        if self.normalization == "double":
+            memory_key = attach_zero_gradient(memory_key, self.memory_key_bias, self.query.bias)
+        key = torch.matmul(memory_key, query).flatten(0, 1)  # (H S, D)
+        projection = self.projection.weight.view(-1, heads, width)  # (D, H, d)
+        value = torch.matmul(projection, self.values.transpose(0, 1)).flatten(1)  # (D, H S)
+        bias = self.projection.bias
+        if self.memory_value_bias is not None:
+            bias = bias + self.projection.weight @ self.memory_value_bias.repeat(heads)
+        if self.normalization == "softmax":
+            key_bias = (self.query.bias.view(heads, width) @ self.memory_key.T).flatten()
+            if self.memory_key_bias is not None:
+                key_bias = key_bias + self.memory_key_bias.repeat(heads)
+        return key, value, key_bias, bias
+
     @torch.no_grad()
     def fused(self) -> FusedMultiHeadExternalAttention:
         """Return an inference module in which each head is two thin matrices.
 
         It multiplies less than this module where S <= D d / (D - d), with d the width of a head.
         """
-        heads, width = self.num_heads, self.memory_key.shape[1]
-        query = self.query.weight.view(heads, width, -1)  # (H, d, D)
-        key = torch.matmul(self.memory_key, query).flatten(0, 1)  # (H S, D)
-        projection = self.projection.weight.view(-1, heads, width)  # (D, H, d)
-        value = torch.matmul(projection, self.values.transpose(0, 1)).flatten(1)  # (D, H S)
-        bias = self.projection.bias
-        if self.memory_value_bias is not None:
-            bias = bias + self.projection.weight @ self.memory_value_bias.repeat(heads)
-        key_bias = None
-        if self.normalization == "softmax":
-            key_bias = (self.query.bias.view(heads, width) @ self.memory_key.T).flatten()
-            if self.memory_key_bias is not None:
-                key_bias = key_bias + self.memory_key_bias.repeat(heads)
+        key, value, key_bias, bias = self._thin_matrices()
         return FusedMultiHeadExternalAttention(
             key,
             value,
-            num_heads=heads,
+            num_heads=self.num_heads,
             key_bias=key_bias,
             bias=bias,
             norm=self.normalization,

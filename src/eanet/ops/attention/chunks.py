@@ -5,9 +5,10 @@ out, N tokens, n tokens of a chunk.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,19 +31,19 @@ __all__ = [
 ]
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """Combines small tensors of all processes that hold a part of the tokens, in place."""
 
     #: whether gradients of memories and biases are summed over the processes too
     sums_memory_gradients: bool
 
+    @abstractmethod
     def maximum_(self, tensor: Tensor) -> None:
         """Replace each entry by the largest of all processes."""
-        ...
 
+    @abstractmethod
     def sum_(self, tensor: Tensor) -> None:
         """Replace each entry by the sum over all processes."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

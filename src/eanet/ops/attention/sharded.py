@@ -13,13 +13,13 @@ from torch import Tensor
 
 from eanet.ops.attention import Norm, check_mask, check_norm
 from eanet.ops.attention.chunked import chunked_external_attention
-from eanet.ops.attention.chunks import ChunkOptions
+from eanet.ops.attention.chunks import ChunkOptions, Exchange
 from eanet.ops.attention.streaming import DEFAULT_CHUNK_TOKENS, check_memories, check_tokens
 
 __all__ = ["external_attention_sharded"]
 
 
-class _GroupExchange:
+class _GroupExchange(Exchange):
     """Reductions over a process group."""
 
     def __init__(self, group: dist.ProcessGroup | None, *, sums_memory_gradients: bool) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,7 +35,7 @@ __all__ = [
     "external_attention_streaming",
 ]
 
-Array: TypeAlias = np.ndarray[Any, Any]
+Array: TypeAlias = npt.NDArray[Any]
 #: a part of the tokens, (batch, tokens, channels)
 Chunk: TypeAlias = Tensor | Array
 #: all tokens, or a callable that returns a fresh iterator over chunks of them
