@@ -1,0 +1,384 @@
+"""The backend "triton": external attention on a GPU in two passes over the tokens.
+
+Registers the kernels as operators of torch, with shapes for tracing and with gradients, so that
+``torch.compile`` carries them as they are. Triton itself is imported when the backend is first
+used: importing this module needs neither Triton nor a GPU.
+
+Autocast does not reach into an operator. As a matrix product would, the functions here cast the
+tokens to the type of an active autocast region; memories and biases may stay float32.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from eanet.ops.attention import eager
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = [
+    "double_normalize",
+    "external_attention",
+    "fused_external_attention",
+    "multi_head_external_attention",
+    "slot_softmax",
+]
+
+# logits that are given do not need the tokens: nothing is gained by another kernel
+double_normalize = eager.double_normalize
+slot_softmax = eager.slot_softmax
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _launch_for(x: Tensor) -> "ModuleType":
+    """Import the launches, and refuse tensors that the kernels cannot take.
+
+    Raises:
+        ValueError: Triton is missing, or the device or type of x is not one the kernels run on.
+    """
+    try:
+        from eanet.ops.attention import kernels, launch
+    except ImportError as error:
+        raise ValueError(
+            "backend 'triton' needs the package triton, which PyTorch brings on Linux; "
+            "use backend='eager'"
+        ) from error
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"backend 'triton' takes float32, float16 and bfloat16, got {x.dtype}; "
+            "use backend='eager'"
+        )
+    if not (x.is_cuda or (x.device.type == "cpu" and kernels.INTERPRETED)):
+        raise ValueError(
+            f"backend 'triton' needs tensors on a GPU, got {x.device}; use backend='eager' "
+            "(TRITON_INTERPRET=1, set before Python starts, runs the kernels slowly on a CPU)"
+        )
+    return launch
+
+
+def _new_tokens(x: Tensor, width: int) -> Tensor:
+    """Allocate (batch, tokens, width) with tokens or channels innermost, as in x."""
+    batch, num_tokens, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((batch, width, num_tokens)).transpose(1, 2)
+    return x.new_empty((batch, num_tokens, width))
+
+
+@torch.library.custom_op("eanet::external_attention", mutates_args=())
+def _forward(
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    memory_key_bias: Tensor | None,
+    memory_value_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    norm: str,
+    eps: float,
+    dropout: float,
+    residual: bool,
+    with_attention: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return result, attention (empty unless wanted) and statistics for the backward pass."""
+    launch = _launch_for(x)
+    out, attention, statistics = _allocate(
+        x, memory_key, memory_value, num_heads, norm, with_attention
+    )
+    if x.numel() == 0 or out.numel() == 0:
+        return out, attention.zero_(), statistics.zero_()
+    found = launch.forward(
+        x,
+        memory_key,
+        memory_value,
+        memory_key_bias,
+        memory_value_bias,
+        mask,
+        seed,
+        launch.Problem(num_heads, norm, eps, dropout, residual),
+        out=out,
+        attention=attention if with_attention else None,
+    )
+    return out, attention, statistics if found is None else found
+
+
+def _allocate(
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    num_heads: int,
+    norm: str,
+    with_attention: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the outputs of the forward operator."""
+    batch, num_tokens, _ = x.shape
+    num_slots = memory_key.shape[0]
+    out = _new_tokens(x, num_heads * memory_value.shape[1])
+    attention_shape = (batch, num_heads, num_tokens, num_slots) if with_attention else (0,)
+    statistics_shape = (2, batch * num_heads, num_slots) if norm == "double" else (0,)
+    return (
+        out,
+        x.new_empty(attention_shape),
+        x.new_empty(statistics_shape, dtype=torch.float32),
+    )
+
+
+@_forward.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    memory_key_bias: Tensor | None,
+    memory_value_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    norm: str,
+    eps: float,
+    dropout: float,
+    residual: bool,
+    with_attention: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(x, memory_key, memory_value, num_heads, norm, with_attention)
+
+
+@torch.library.custom_op("eanet::external_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    memory_key_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    statistics: Tensor,
+    num_heads: int,
+    norm: str,
+    eps: float,
+    dropout: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x (in its type), and in float32 of memories and biases."""
+    launch = _launch_for(x)
+    gradients = _allocate_gradients(x, memory_key, memory_value)
+    if x.numel() == 0 or grad_out.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    found = launch.backward(
+        grad_out,
+        grad_attention,
+        x,
+        memory_key,
+        memory_value,
+        memory_key_bias,
+        mask,
+        seed,
+        statistics if norm == "double" else None,
+        launch.Problem(num_heads, norm, eps, dropout, residual),
+        grad_x=gradients[0],
+    )
+    return found.x, found.memory_key, found.memory_value, found.key_bias, found.value_bias
+
+
+def _allocate_gradients(
+    x: Tensor, memory_key: Tensor, memory_value: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the outputs of the backward operator."""
+    num_slots, num_channels = memory_key.shape
+    num_value_channels = memory_value.shape[1]
+    return (
+        _new_tokens(x, x.shape[2]),
+        x.new_empty((num_slots, num_channels), dtype=torch.float32),
+        x.new_empty((num_slots, num_value_channels), dtype=torch.float32),
+        x.new_empty((num_slots,), dtype=torch.float32),
+        x.new_empty((num_value_channels,), dtype=torch.float32),
+    )
+
+
+@_backward.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(
+    grad_out: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    memory_key_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    statistics: Tensor,
+    num_heads: int,
+    norm: str,
+    eps: float,
+    dropout: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _allocate_gradients(x, memory_key, memory_value)
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Keep the operands and the statistics: nothing of the size of the attention."""
+    ctx.options = inputs[7:12]  # heads, norm, eps, dropout, residual
+    ctx.save_for_backward(*inputs[:7], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad_out: Tensor | None, grad_attention: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return one gradient for each argument of the forward operator."""
+    x, memory_key, memory_value, key_bias, value_bias, mask, seed, statistics = ctx.saved_tensors
+    num_heads = ctx.options[0]
+    if grad_out is None:
+        grad_out = x.new_zeros((*x.shape[:2], num_heads * memory_value.shape[1]))
+    if grad_attention is not None and grad_attention.numel() == 0:
+        grad_attention = None
+    found = _backward(
+        grad_out, grad_attention, x, memory_key, memory_value, key_bias, mask, seed, statistics,
+        *ctx.options,
+    )  # fmt: skip
+    operands = (x, memory_key, memory_value, key_bias, value_bias)
+    gradients = [
+        None if operand is None else gradient.to(operand.dtype)
+        for operand, gradient in zip(operands, found, strict=True)
+    ]
+    return (*gradients, *(None for _ in range(8)))
+
+
+_forward.register_autograd(  # pyright: ignore[reportUnknownMemberType]
+    _differentiate, setup_context=_setup_context
+)
+
+
+def fused_external_attention(
+    x: Float[Tensor, "batch tokens channels"],
+    memory_key: Float[Tensor, "slots head_channels"],
+    memory_value: Float[Tensor, "slots value_channels"] | None = None,
+    *,
+    num_heads: int = 1,
+    memory_key_bias: Float[Tensor, " slots"] | None = None,
+    memory_value_bias: Float[Tensor, " value_channels"] | None = None,
+    norm: str = "double",
+    eps: float = 1e-9,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+    attention_dropout: float = 0.0,
+    seed: Int64[Tensor, " 1"] | None = None,
+    residual: bool = False,
+    return_attention: bool = False,
+) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch heads tokens slots"] | None]:
+    """Compute external attention (Eq. 5-14, arXiv 2105.02358) with all that the kernels fuse.
+
+    The attention map does not exist in memory unless it is asked for, nor is it kept for the
+    backward pass. Second derivatives are not defined; the backend "eager" has them.
+
+    Args:
+        x: tokens, any strides; the result has tokens or channels innermost as x has.
+        memory_key: M_k, up to 256 slots.
+        memory_value: M_v; ``None`` uses M_k.
+        num_heads: heads that share the memories.
+        memory_key_bias: added to the logits; cancels under "double", where its gradient is 0.
+        memory_value_bias: added to the result of valid tokens.
+        norm: "double" or "softmax".
+        eps: of the double normalization, within [0, 1).
+        mask: True for tokens that take part; from the others only the residual is left.
+        attention_dropout: probability to drop an entry of the attention before it mixes values.
+        seed: of the dropout; drawn from torch's generator where not given.
+        residual: add x; needs results as wide as x.
+        return_attention: return the map too, as it is before dropout.
+
+    Raises:
+        ValueError: device, type, number of slots, dropout or the width for a residual do not fit.
+    """
+    values = memory_key if memory_value is None else memory_value
+    if not 0 <= attention_dropout < 1:
+        raise ValueError(f"attention_dropout must be within [0, 1), got {attention_dropout}")
+    if residual and values.shape[1] * num_heads != x.shape[2]:
+        raise ValueError(
+            f"a residual needs results as wide as x, {x.shape[2]} channels, "
+            f"got {values.shape[1] * num_heads}"
+        )
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    if attention_dropout == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    out, attention, _ = _forward(
+        x,
+        memory_key,
+        values,
+        memory_key_bias,
+        memory_value_bias,
+        mask,
+        seed,
+        num_heads,
+        norm,
+        eps,
+        attention_dropout,
+        residual,
+        return_attention,
+    )
+    return out, attention if return_attention else None
+
+
+def external_attention(
+    x: Float[Tensor, "batch tokens channels"],
+    memory_key: Float[Tensor, "slots channels"],
+    memory_value: Float[Tensor, "slots value_channels"] | None = None,
+    *,
+    memory_key_bias: Float[Tensor, " slots"] | None = None,
+    memory_value_bias: Float[Tensor, " value_channels"] | None = None,
+    norm: str = "double",
+    eps: float = 1e-9,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> tuple[Float[Tensor, "batch tokens value_channels"], Float[Tensor, "batch tokens slots"]]:
+    """Attend from tokens to memories; return the result and the attention map."""
+    output, attention = multi_head_external_attention(
+        x,
+        memory_key,
+        memory_value,
+        num_heads=1,
+        memory_key_bias=memory_key_bias,
+        memory_value_bias=memory_value_bias,
+        norm=norm,
+        eps=eps,
+        mask=mask,
+    )
+    return output, attention.squeeze(1)
+
+
+def multi_head_external_attention(
+    x: Float[Tensor, "batch tokens channels"],
+    memory_key: Float[Tensor, "slots head_channels"],
+    memory_value: Float[Tensor, "slots value_channels"] | None = None,
+    *,
+    num_heads: int,
+    memory_key_bias: Float[Tensor, " slots"] | None = None,
+    memory_value_bias: Float[Tensor, " value_channels"] | None = None,
+    norm: str = "double",
+    eps: float = 1e-9,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch heads tokens slots"]]:
+    """Apply external attention to each head; return the result and the attention map."""
+    output, attention = fused_external_attention(
+        x,
+        memory_key,
+        memory_value,
+        num_heads=num_heads,
+        memory_key_bias=memory_key_bias,
+        memory_value_bias=memory_value_bias,
+        norm=norm,
+        eps=eps,
+        mask=mask,
+        return_attention=True,
+    )
+    assert attention is not None
+    return output, attention
