@@ -7,18 +7,24 @@ import pytest
 
 from eanet.errors import UserError
 from eanet.report.curves import read_records, training_curves
-from eanet.report.figures import picture
+from eanet.report.figures import MUTED, picture
 
 
 def lines_of(figure, title: str) -> dict[str, tuple[list, list]]:
     for axes in figure.axes:
         if axes.get_title(loc="left") == title:
             return {
-                line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+                line.get_gid(): (list(line.get_xdata()), list(line.get_ydata()))
                 for line in axes.lines
-                if not line.get_label().startswith("_")
+                if line.get_gid()
             }
     raise AssertionError(f"no panel {title!r}")
+
+
+def legend_of(axes) -> dict[str, str]:
+    legend = axes.get_legend()
+    labels = [text.get_text() for text in legend.get_texts()]
+    return dict(zip(labels, [line.get_color() for line in legend.get_lines()], strict=True))
 
 
 def panels(figure) -> list[str]:
@@ -42,15 +48,15 @@ def test_numbers_go_to_their_panels(records):
     figure = training_curves(records, best_step=2)
     assert panels(figure) == ["Loss", "Metrics", "Learning rate"]
     losses = lines_of(figure, "Loss")
-    assert losses["loss, train"] == ([1, 2, 3, 4], [100, 50, 100 / 3, 25])
-    assert losses["loss, validation"] == ([2, 4], [25, 12.5])
-    assert losses["kept weights"][0] == [2, 2]
+    assert losses["train loss"] == ([1, 2, 3, 4], [100, 50, 100 / 3, 25])
+    assert losses["validation loss"] == ([2, 4], [25, 12.5])
+    assert list(figure.axes[0].lines[-1].get_xdata()) == [2, 2]  # the kept weights
     metrics = lines_of(figure, "Metrics")
-    assert metrics["accuracy"] == ([2, 4], [0.2, 0.4])
-    assert metrics["accuracy, averaged weights"] == ([2, 4], [0.4, 0.8])
-    assert lines_of(figure, "Learning rate")["lr, train"][1] == [1e-3, 2e-3, 3e-3, 4e-3]
-    drawn = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
-    assert not any("seconds" in label or "epoch" in label for label in drawn)
+    assert metrics["validation accuracy"] == ([2, 4], [0.2, 0.4])
+    assert metrics["validation ema/accuracy"] == ([2, 4], [0.4, 0.8])
+    assert lines_of(figure, "Learning rate")["train lr"][1] == [1e-3, 2e-3, 3e-3, 4e-3]
+    drawn = [line.get_gid() or "" for axes in figure.axes for line in axes.lines]
+    assert not any("seconds" in name or "epoch" in name for name in drawn)
     assert len(picture(figure, "c").data) > 5000
 
 
@@ -60,6 +66,29 @@ def test_raw_and_averaged_weights_share_a_color_and_differ_in_dashes(records):
     raw, averaged = axes.lines
     assert raw.get_color() == averaged.get_color()
     assert (raw.get_linestyle(), averaged.get_linestyle()) == ("--", "-")
+    assert legend_of(axes) == {
+        "accuracy": averaged.get_color(),
+        "dashed: without averaging of weights": MUTED,
+    }
+
+
+def test_the_legend_names_every_color(records):
+    records.append({"step": 4, "kind": "train", "accuracy": 0.5, "a_b$": 0.2})
+    figure = training_curves(records, best_step=2)
+    losses, metrics, rates = figure.axes
+    assert list(legend_of(losses)) == ["loss, train", "loss, validation", "kept weights"]
+    assert set(legend_of(metrics)) == {
+        "accuracy, train",
+        "a_b$, train",
+        "accuracy, validation",
+        "dashed: without averaging of weights",
+        "kept weights",
+    }
+    assert rates.get_legend() is None
+    for axes in (losses, metrics):
+        for line in axes.lines:
+            if line.get_gid():
+                assert line.get_color() in legend_of(axes).values()
 
 
 def test_large_numbers_do_not_press_metrics_flat(records):
@@ -69,8 +98,8 @@ def test_large_numbers_do_not_press_metrics_flat(records):
     figure = training_curves(records)
     assert panels(figure) == ["Loss", "Metrics", "Other numbers", "Learning rate"]
     assert lines_of(figure, "Other numbers") == {
-        "gradient_norm, train": ([5], [0.4]),
-        "extra, train": ([5], [40.0]),
+        "train gradient_norm": ([5], [0.4]),
+        "train extra": ([5], [40.0]),
     }
 
 
@@ -87,7 +116,7 @@ def test_losses_of_several_networks_and_their_rates():
     ]
     figure = training_curves(records)
     assert panels(figure) == ["Loss", "Learning rate"]
-    assert set(lines_of(figure, "Loss")) == {"critic/hinge_loss, train", "generator/loss, train"}
+    assert set(lines_of(figure, "Loss")) == {"train critic/hinge_loss", "train generator/loss"}
     assert figure.axes[0].get_yscale() == "linear"  # one of them is negative
 
 
@@ -110,7 +139,7 @@ def test_scale_of_losses():
 def test_values_that_are_not_finite_leave_gaps():
     values = [1.0, float("nan"), None, 2.0]
     records = [{"step": i, "kind": "train", "loss": v} for i, v in enumerate(values)]
-    drawn = lines_of(training_curves(records), "Loss")["loss, train"][1]
+    drawn = lines_of(training_curves(records), "Loss")["train loss"][1]
     np.testing.assert_array_equal(drawn, [1.0, np.nan, np.nan, 2.0])
 
 

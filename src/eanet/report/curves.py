@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from eanet.errors import UserError
@@ -126,11 +127,8 @@ def training_curves(
         if panel == "losses":
             _choose_scale(axes, shown)
         if best_step is not None:
-            axes.axvline(best_step, color=MUTED, linewidth=1, linestyle=":", label="kept weights")
-        if len(shown) > 1 or panel == "others":
-            legend = axes.legend(frameon=False, fontsize=8.5, handlelength=1.8)
-            for text in legend.get_texts():
-                text.set_parse_math(False)
+            axes.axvline(best_step, color=MUTED, linewidth=1, linestyle=":")
+        _explain(axes, panel, shown, colors, has_best=best_step is not None)
     return figure
 
 
@@ -198,19 +196,14 @@ def _limit(series: Sequence[_Series]) -> list[_Series]:
 
 
 def _draw(axes: Axes, series: _Series, panel: _Panel, color: str) -> None:
-    """Draw one series: solid, but dashed for raw weights where it is validated."""
-    validated = series.kind == "validation"
-    label = series.name[0]
-    if panel == "losses" or not validated:
-        label += f", {series.kind}"
-    if series.averaged:
-        label += ", averaged weights"
-    style: dict[str, Any] = {"color": color, "label": label, "linewidth": 1.6}
+    """Draw one series: solid, but dashed where it was validated with the raw weights."""
+    style: dict[str, Any] = {"color": color, "linewidth": 1.6, "gid": f"{series.kind} {series.key}"}
     if panel != "rates" and len(series.values) > _MOST_PLAIN_POINTS:
         axes.plot(series.steps, series.values, color=color, linewidth=0.7, alpha=0.25)
         window = max(3, len(series.values) // 40)
         axes.plot(series.steps, _smooth(series.values, window), **style)
         return
+    validated = series.kind == "validation"
     axes.plot(
         series.steps,
         series.values,
@@ -219,6 +212,37 @@ def _draw(axes: Axes, series: _Series, panel: _Panel, color: str) -> None:
         markersize=3,
         **style,
     )
+
+
+def _explain(
+    axes: Axes,
+    panel: _Panel,
+    shown: Sequence[_Series],
+    colors: Mapping[tuple[str, str], str],
+    *,
+    has_best: bool,
+) -> None:
+    """Add a legend: a line for each color, one for dashes, one for the kept weights."""
+    if panel == "rates" and len(colors) == 1:
+        return  # the title says it
+    keys = {key for key, _ in colors}
+    entries: list[Line2D] = []
+    for (key, kind), color in colors.items():
+        both = panel == "losses" or len(keys) < len(colors) or kind == "train"
+        label = f"{key}, {kind}" if both else key
+        entries.append(Line2D([], [], color=color, linewidth=1.6, label=label))
+    if any(one.averaged for one in shown):
+        label = "dashed: without averaging of weights"
+        entries.append(Line2D([], [], color=MUTED, linewidth=1.2, linestyle="--", label=label))
+    if has_best:
+        entries.append(
+            Line2D([], [], color=MUTED, linewidth=1, linestyle=":", label="kept weights")
+        )
+    legend = axes.legend(
+        handles=entries, fontsize=8, handlelength=1.8, framealpha=0.6, edgecolor="none"
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:

@@ -305,7 +305,7 @@ def _format_column(column: Sequence[str | int | float | None]) -> list[str]:
     """Write the cells of a column.
 
     Fractions get four significant digits. Where those of a column lie close enough together all
-    get as many decimals as the largest one needs, so that the points stand in a line.
+    get the same number of decimals, by the largest one, so that the points stand in a line.
     """
     return [_format_value(value, _decimals(column)) for value in column]
 
@@ -322,8 +322,8 @@ def _decimals(column: Sequence[object]) -> int | None:
     sizes = [size for size in sizes if math.isfinite(size)]
     if not sizes:
         return None
-    # shares go up to 1 itself: 1.0000 beside 0.9861
-    digits_before_point = math.floor(math.log10(max(sizes))) + 1 if max(sizes) > 1 else 0
+    # Below 10 four decimals, so that losses of 2.3 do not cost the accuracies beside them a digit.
+    digits_before_point = math.floor(math.log10(max(sizes))) + 1 if max(sizes) >= 10 else 0
     decimals = max(0, 4 - digits_before_point)
     smallest = min((size for size in sizes if size), default=1.0)
     # the smallest must keep two digits of its own, and the largest must stay readable
