@@ -142,6 +142,7 @@ class T2TViT(nn.Module):
                 f"got {num_classes}, {in_channels}, {depth}"
             )
         self.in_channels, self.num_classes, self.pool = in_channels, num_classes, pool
+        self.stem_kind, self.mixer = stem, mixer
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(size) != 2:
             raise ValueError(f"image_size must be one number or two, got {image_size}")
