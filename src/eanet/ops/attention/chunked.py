@@ -138,7 +138,7 @@ class _Backward:
         if self._batch_norm is None:
             grad_value, grad_scale = grad_weight, None
         else:
-            (grad_value, grad_scale, grad_bias), matrix, offset = self._batch_norm.backward(
+            (grad_value, grad_scale, grad_bias), matrix, offset = self._batch_norm.gradients(
                 (value, scale, bias), grad_weight, grad_bias
             )
             dtype = self._tokens.dtype

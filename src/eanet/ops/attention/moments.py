@@ -74,7 +74,7 @@ class FoldedBatchNorm:
         bias = -factor * mean if shift is None else shift - factor * mean
         return factor.unsqueeze(1) * value, bias, mean, variance
 
-    def backward(
+    def gradients(
         self,
         tensors: tuple[Tensor, Tensor | None, Tensor | None],
         grad_weight: Tensor,
