@@ -7,7 +7,7 @@ raised is a fault of the program and keeps its traceback.
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["MissingExtraError", "UserError", "unknown_name"]
+__all__ = ["Interrupted", "MissingExtraError", "UserError", "unknown_name"]
 
 
 class UserError(ValueError):
@@ -26,6 +26,15 @@ class MissingExtraError(UserError, ImportError):
         super().__init__(
             f"{library!r} is not installed; it comes with: pip install 'eanet[{extra}]'"
         )
+
+
+class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
+    """The run was asked to stop, saved a checkpoint, and can be continued.
+
+    A command exits with :attr:`exit_code`, EX_TEMPFAIL of sysexits.h: run it again.
+    """
+
+    exit_code = 75
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:

@@ -64,6 +64,7 @@ def predict(
     """
     opened = open_run(folder)
     task, out = opened.task, Path(out)
+    (out / "pictures" if pictures else out).mkdir(parents=True, exist_ok=True)
     paths = list(_expand(files))
     load_networks(opened.folder, task.networks, which=checkpoint)
     result = Prediction([])
@@ -137,7 +138,6 @@ def _unused_stem(folder: Path, stem: str, written: Iterable[Path]) -> Path:
 
 def _write_tables(out: Path, records: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write the records as JSON and, nested values as JSON within cells, as CSV."""
-    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "predictions.json", json.dumps(records, indent=2, ensure_ascii=False) + "\n")
     columns = list(dict.fromkeys(key for record in records for key in record))
     text = io.StringIO()

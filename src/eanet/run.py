@@ -214,17 +214,18 @@ def train(
             stack.enter_context(run_folder.lock())
         splits = load_splits(recipe)
         arguments = _model_arguments(recipe, splits.facts)
-        seed_generators(derive_seed("weights", recipe.train.seed), devices=True)
+        seed_generators(derive_seed("weights", recipe.train.seed))
         task = build_task(recipe, splits.facts, arguments)
         if recipe.model.init is not None:
             _start_from(task, recipe.model.init)
-        if processes.is_main:
-            write_text(run_folder.recipe, dump_recipe(recipe))
-            model = {"name": recipe.model.name, "arguments": arguments}
-            run_folder.write_json(run_folder.path / MODEL_NAME, model)
-            run_folder.write_json(run_folder.path / FACTS_NAME, splits.facts)
         opened = OpenRun(run_folder, recipe, task)
+        # a recipe that does not fit the checkpoints is refused by fit() and must leave no trace
+        starts = not run_folder.checkpoints.exists()
+        if processes.is_main and starts:
+            _write_description(opened, arguments)
         fitted = Trainer(task, recipe, run_folder, splits=splits, processes=processes).fit()
+        if processes.is_main and not starts:
+            _write_description(opened, arguments)
         metrics = _evaluate_splits(opened, splits, processes, names=("validation", "test"))
         if not processes.is_main:
             return RunResult(run_folder.path, metrics)
@@ -233,6 +234,15 @@ def train(
         run_folder.write_json(run_folder.metrics, {**metrics, "training": fitted})
         page = _write_report(opened, splits, metrics, fitted, processes.device)
         return RunResult(run_folder.path, metrics, page)
+
+
+def _write_description(opened: OpenRun, arguments: Mapping[str, Any]) -> None:
+    """Write what :func:`open_run` reads back."""
+    folder = opened.folder
+    model = {"name": opened.recipe.model.name, "arguments": arguments}
+    write_text(folder.recipe, dump_recipe(opened.recipe))
+    folder.write_json(folder.path / MODEL_NAME, model)
+    folder.write_json(folder.path / FACTS_NAME, opened.task.facts)
 
 
 def _refuse_a_used_folder(folder: Path, *, resume: bool) -> None:

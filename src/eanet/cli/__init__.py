@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from eanet._version import __version__
-from eanet.errors import UserError, unknown_name
+from eanet.errors import Interrupted, UserError, unknown_name
 
 __all__ = ["main"]
 
-#: what the shell sees: 0 done, 1 a fault of the program, 2 a mistake of the user's,
-#: 75 stopped by a signal after a checkpoint (EX_TEMPFAIL: start again with --resume), 130 Ctrl-C
+#: what the shell sees beside these: 0 done, 1 a fault of the program, 75 stopped by a signal after
+#: a checkpoint (see :class:`eanet.errors.Interrupted`)
 EXIT_USER_ERROR = 2
 EXIT_KEYBOARD_INTERRUPT = 130
 
@@ -94,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"eanet: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Interrupted as stop:
+        print(f"eanet: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("eanet: interrupted", file=sys.stderr)
         return EXIT_KEYBOARD_INTERRUPT

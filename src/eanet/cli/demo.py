@@ -36,8 +36,9 @@ def execute(arguments: argparse.Namespace) -> None:
 
     options.use_threads(arguments)
     for task in demos if arguments.all else [arguments.task]:
-        recipe = registry.recipe(demos[task])
-        base = arguments.out or Path("runs") / f"demo-{task}"
-        folder = run.free_folder(base / task if arguments.all and arguments.out else base)
+        folder = arguments.out or run.free_folder(Path("runs") / f"demo-{task}")
+        if arguments.all and arguments.out:
+            folder = arguments.out / task
         print(f"eanet demo: {demos[task]} into {folder}\n")
-        options.print_result(run.train(recipe, folder, device=arguments.device))
+        result = run.train(registry.recipe(demos[task]), folder, device=arguments.device)
+        options.print_result(result)

@@ -6,18 +6,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
+from eanet.errors import Interrupted
+
 __all__ = ["Interrupted", "SignalWatch", "watch_signals"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
-    """The run was asked to stop, saved a checkpoint, and can be continued.
-
-    A command should exit with :attr:`exit_code`, EX_TEMPFAIL of sysexits.h: run it again.
-    """
-
-    exit_code = 75
 
 
 class SignalWatch:
