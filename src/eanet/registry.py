@@ -109,15 +109,16 @@ def _marked(path: Path) -> Iterator[tuple[_Kind, str, str, str]]:
             continue
         summary = (ast.get_docstring(node) or "").partition("\n")[0]
         for decorator in node.decorator_list:
-            match decorator:
-                case ast.Name(id="register_model"):
+            called = decorator if isinstance(decorator, ast.Call) else None
+            match ast.unparse(called.func if called else decorator).rpartition(".")[2]:
+                case "register_model":
                     yield "model", node.name, node.name, summary
-                case ast.Name(id="register_task"):
+                case "register_task":
                     yield "task", path.parent.name, node.name, summary
-                case ast.Call(
-                    func=ast.Name(id="register_dataset"), args=[ast.Constant(value=name)]
-                ):
-                    yield "dataset", str(name), node.name, summary
+                case "register_dataset" if called:
+                    yield "dataset", ast.literal_eval(called.args[0]), node.name, summary
+                case _:
+                    pass
 
 
 @functools.cache
