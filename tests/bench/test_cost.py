@@ -170,6 +170,30 @@ def test_resnet50_has_its_published_cost():
     assert (by_name["fc"].kind, by_name["layer1.0.conv2"].depth) == ("Linear", 3)
 
 
+class Listed(nn.Module):
+    """Layers in a list, which is never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4))])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_list_costs_what_its_layers_cost():
+    by_name = {module.name: module.macs for module in count_cost(Listed(), (1, 8)).modules}
+    assert by_name == {
+        "": 96,
+        "layers": 96,
+        "layers.0": 64,
+        "layers.1": 32,
+        "layers.1.0": 32,
+    }
+
+
 def test_frozen_and_shared_parameters():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
     model[1].weight = model[0].weight

@@ -186,12 +186,22 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _module_costs(model: nn.Module, flops: Mapping[str, Mapping[Any, int]]) -> Iterable[ModuleCost]:
-    """Yield the cost of each module; the counter names them by the class of the network."""
+    """Yield the cost of each module; the counter names them by the class of the network.
+
+    A container that is never called itself, such as a list, costs what its parts cost.
+    """
     root = type(model).__name__
+
+    def macs(name: str, module: nn.Module) -> int:
+        counted = flops.get(f"{root}.{name}" if name else root)
+        if counted is not None:
+            return sum(counted.values()) // 2
+        prefix = f"{name}." if name else ""
+        return sum(macs(prefix + part, child) for part, child in module.named_children())
+
     for name, module in model.named_modules():
-        counted = flops.get(f"{root}.{name}" if name else root, {})
         yield ModuleCost(
-            name, type(module).__name__, _count(module.parameters()), sum(counted.values()) // 2
+            name, type(module).__name__, _count(module.parameters()), macs(name, module)
         )
 
 
