@@ -385,9 +385,10 @@ def _write_report(
     curves = training_curves(
         read_records(folder.metrics_log), best_step=best["step"] if best else None
     )
-    results = [[split, name, x] for split, found in metrics.items() for name, x in found.items()]
+    names = list(dict.fromkeys(name for found in metrics.values() for name in found))
+    results = [[name, *(found.get(name) for found in metrics.values())] for name in names]
     sections = [
-        Section("Results", [Table(["split", "metric", "value"], results)]),
+        Section("Results", [Table(["metric", *metrics], results)]),
         Section("Training", [picture(curves, "Losses, metrics and learning rate over the steps.")]),
     ]
     with evaluating(opened.task.networks):
