@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from eanet.ops.attention.block import BatchNormArguments, BatchStatistics
 from eanet.ops.attention.chunks import (
@@ -104,8 +103,12 @@ class _Chunked(torch.autograd.Function):
         return out, mean, variance, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "attention in chunks of tokens has no second derivative (create_graph=True): "
+                "compute it at once"
+            )
         return _Backward(ctx, grad_outputs[0]).gradients()
 
 

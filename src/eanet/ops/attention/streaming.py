@@ -148,7 +148,6 @@ def external_attention_streaming(
     return _write(results, out, width)
 
 
-@torch.no_grad()
 def external_attention_chunks(
     chunks: Source,
     memory_key: Float[Tensor, "slots channels"],
@@ -167,33 +166,46 @@ def external_attention_chunks(
     Arguments and errors are those of that function. Nothing is read before the first result is
     asked for. That a callable returned other tokens the second time is known at the end only.
 
-    Yields:
-        Results (batch, tokens of the chunk, num_heads * value channels), without gradients.
+    Returns:
+        An iterator over results (batch, tokens of the chunk, num_heads * value channels), which
+        carry no gradients.
     """
     check_memories(memory_key, memory_value, num_heads)
     check_norm(norm, eps)
     options = ChunkOptions(chunk_tokens=chunk_tokens, norm=norm, eps=eps)
     values = memory_key if memory_value is None else memory_value
-    dtype = working_dtype(memory_key.dtype)
-    memories = Memories.cast(
-        memory_key, values.transpose(0, 1), memory_key_bias, memory_value_bias, dtype
-    )
     source = _Chunks(chunks, mask, memory_key, num_heads, options.chunk_tokens)
-    statistics = coverage = None
-    if norm == "double":
-        statistics = _gather(source, memories)
+    with torch.no_grad():
+        memories = Memories.cast(
+            memory_key,
+            values.transpose(0, 1),
+            memory_key_bias,
+            memory_value_bias,
+            working_dtype(memory_key.dtype),
+        )
+    return _results(source, memories, options, memory_key.dtype)
+
+
+def _results(
+    source: "_Chunks", memories: Memories, options: ChunkOptions, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Yield results chunk by chunk; the caller's gradient mode holds wherever its code runs."""
+    statistics = _gather(source, memories) if options.norm == "double" else None
+    coverage = None
+    if statistics is not None and source.is_callable:
         coverage = torch.zeros_like(statistics.total)
-    for x, part_mask in source.read():
-        logits = memories.logits(x)
-        attention, denominator = normalize(logits, statistics, options, part_mask)
-        if coverage is not None and denominator is not None and source.is_callable:
-            coverage += torch.bmm(attention, denominator.flatten(1).unsqueeze(-1)).squeeze(-1)
-        result = memories.mix(attention, part_mask, token_major=True)
-        batch, tokens = result.shape[0] // num_heads, result.shape[2]
-        heads = result.view(batch, num_heads, -1, tokens).permute(0, 3, 1, 2)
-        yield heads.flatten(2).to(memory_key.dtype)
-    if coverage is not None and statistics is not None and source.is_callable:
-        _check_coverage(coverage, statistics, dtype)
+    for x, mask in source.read():
+        with torch.no_grad():
+            attention, denominator = normalize(memories.logits(x), statistics, options, mask)
+            if coverage is not None and denominator is not None:
+                over_tokens = torch.bmm(attention, denominator.flatten(1).unsqueeze(-1))
+                coverage += over_tokens.squeeze(-1)
+            result = memories.mix(attention, mask, token_major=True)
+            by_head = (result.shape[0] // source.num_heads, source.num_heads, *result.shape[1:])
+            result = result.reshape(by_head).permute(0, 3, 1, 2).flatten(2).to(dtype)
+        yield result
+    if coverage is not None and statistics is not None:
+        _check_coverage(coverage, statistics, memories.key.dtype)
 
 
 def _any_requires_grad(operands: tuple[object, ...]) -> bool:
@@ -207,7 +219,8 @@ def _gather(source: "_Chunks", memories: Memories) -> SlotStatistics:
     for x, mask in source.read():
         if statistics is None:
             statistics = SlotStatistics(x.shape[0], memories.key.shape[0], memories.key)
-        statistics.add(memories.logits(x), mask)
+        with torch.no_grad():
+            statistics.add(memories.logits(x), mask)
     return statistics or SlotStatistics(0, memories.key.shape[0], memories.key)
 
 
@@ -241,7 +254,7 @@ class _Chunks:
         self._source = source
         self._mask = mask
         self._key = memory_key
-        self._num_heads = num_heads
+        self.num_heads = num_heads
         self._chunk_tokens = chunk_tokens
         self._batch: int | None = None
         #: tokens of one pass, once it is complete
@@ -261,12 +274,12 @@ class _Chunks:
         """
         done = 0
         for chunk in self._iterate():
-            check_tokens(chunk, self._key, self._num_heads)
+            check_tokens(chunk, self._key, self.num_heads)
             stop = done + chunk.shape[1]
             self._check_progress(chunk, stop)
             mask = self._mask_of(slice(done, stop))
-            x = _to_tensor(chunk).to(self._key.device, working_dtype(self._key.dtype))
-            heads = x.reshape(*x.shape[:2], self._num_heads, self._key.shape[1])
+            x = _to_tensor(chunk).detach().to(self._key.device, working_dtype(self._key.dtype))
+            heads = x.reshape(*x.shape[:2], self.num_heads, self._key.shape[1])
             yield heads.permute(0, 2, 3, 1).flatten(0, 1), mask
             done = stop
         if self._num_tokens is not None and done != self._num_tokens:
@@ -323,7 +336,7 @@ class _Chunks:
         if self._mask is None:
             return None
         mask = _to_tensor(self._mask[:, part]).to(self._key.device)
-        return mask.repeat_interleave(self._num_heads, 0).unsqueeze(1)
+        return mask.repeat_interleave(self.num_heads, 0).unsqueeze(1)
 
 
 class _Release:
