@@ -1,7 +1,8 @@
 """External attention and the double normalization, as functions.
 
 Arguments are checked here; the work is done by a backend. ``reference`` holds the equations line
-by line, ``eager`` is the fast path in plain PyTorch and the default.
+by line, ``eager`` is the fast path in plain PyTorch and the default, ``triton`` runs kernels of
+our own on a GPU.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from eanet.ops.attention import eager, reference
+from eanet.ops.attention import custom_op, eager, reference
 
 __all__ = [
     "BACKENDS",
     "DEFAULT_BACKEND",
+    "GPU_BACKENDS",
     "Backend",
     "Norm",
     "double_normalize",
@@ -31,12 +33,17 @@ Norm = Literal["double", "softmax"]
 
 @dataclass(frozen=True)
 class Backend:
-    """The functions that one implementation offers; signatures as in :mod:`.reference`."""
+    """The functions that one implementation offers; signatures as in :mod:`.reference`.
+
+    ``result_only`` computes the result of any number of heads without an attention map; a backend
+    has it where that saves something.
+    """
 
     double_normalize: Callable[..., Tensor]
     slot_softmax: Callable[..., Tensor]
     external_attention: Callable[..., tuple[Tensor, Tensor]]
     multi_head_external_attention: Callable[..., tuple[Tensor, Tensor]]
+    result_only: Callable[..., Tensor] | None = None
 
 
 def _backend_of(module: Any) -> Backend:
@@ -46,22 +53,27 @@ def _backend_of(module: Any) -> Backend:
         slot_softmax=module.slot_softmax,
         external_attention=module.external_attention,
         multi_head_external_attention=module.multi_head_external_attention,
+        result_only=getattr(module, "result_only", None),
     )
 
 
+#: backends that run on any device
 BACKENDS: Final[dict[str, Backend]] = {
     "reference": _backend_of(reference),
     "eager": _backend_of(eager),
 }
+#: backends that need a GPU; they refuse other tensors when they are called
+GPU_BACKENDS: Final[dict[str, Backend]] = {"triton": _backend_of(custom_op)}
 DEFAULT_BACKEND: Final = "eager"
 
 
 def _backend(name: str | None) -> Backend:
     """Return a backend by name, the default for ``None``."""
     name = DEFAULT_BACKEND if name is None else name
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")
-    return BACKENDS[name]
+    known = BACKENDS | GPU_BACKENDS
+    if name not in known:
+        raise ValueError(f"backend must be one of {sorted(known)}, got {name!r}")
+    return known[name]
 
 
 def check_norm(norm: str, eps: float) -> None:
@@ -136,7 +148,8 @@ def double_normalize(
             The first dimension of the logits is the batch then.
         slot_mask: True for slots that take part, for attention among tokens, where a padded token
             is a slot as well.
-        backend: a key of :data:`BACKENDS`; the default is :data:`DEFAULT_BACKEND`.
+        backend: a key of :data:`BACKENDS` or :data:`GPU_BACKENDS`; the default is
+            :data:`DEFAULT_BACKEND`.
 
     Returns:
         Attention of the shape and type of the logits, within [0, 1]. A sample whose tokens are all
@@ -205,7 +218,7 @@ def external_attention(
         eps: see :func:`double_normalize`.
         mask: True for tokens that take part; the others get 0.
         return_attention: return the map as well.
-        backend: a key of :data:`BACKENDS`.
+        backend: a key of :data:`BACKENDS` or :data:`GPU_BACKENDS`.
 
     Returns:
         The result, or the result and the attention map.
@@ -220,7 +233,19 @@ def external_attention(
     _check_operands(x, memory_key, memory_value, 1)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    output, attention = _backend(backend).external_attention(
+    chosen = _backend(backend)
+    if chosen.result_only is not None and not return_attention:
+        return chosen.result_only(
+            x,
+            memory_key,
+            memory_value,
+            memory_key_bias=memory_key_bias,
+            memory_value_bias=memory_value_bias,
+            norm=norm,
+            eps=eps,
+            mask=mask,
+        )
+    output, attention = chosen.external_attention(
         x,
         memory_key,
         memory_value,
@@ -267,7 +292,7 @@ def multi_head_external_attention(
         eps: see :func:`external_attention`.
         mask: see :func:`external_attention`.
         return_attention: return the map as well.
-        backend: a key of :data:`BACKENDS`.
+        backend: a key of :data:`BACKENDS` or :data:`GPU_BACKENDS`.
 
     >>> import torch
     >>> multi_head_external_attention(torch.zeros(2, 5, 6), torch.ones(4, 3), num_heads=2).shape
@@ -276,7 +301,20 @@ def multi_head_external_attention(
     _check_operands(x, memory_key, memory_value, num_heads)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    output, attention = _backend(backend).multi_head_external_attention(
+    chosen = _backend(backend)
+    if chosen.result_only is not None and not return_attention:
+        return chosen.result_only(
+            x,
+            memory_key,
+            memory_value,
+            num_heads=num_heads,
+            memory_key_bias=memory_key_bias,
+            memory_value_bias=memory_value_bias,
+            norm=norm,
+            eps=eps,
+            mask=mask,
+        )
+    output, attention = chosen.multi_head_external_attention(
         x,
         memory_key,
         memory_value,

@@ -24,6 +24,7 @@ __all__ = [
     "external_attention",
     "fused_external_attention",
     "multi_head_external_attention",
+    "result_only",
     "slot_softmax",
 ]
 
@@ -382,3 +383,30 @@ def multi_head_external_attention(
     )
     assert attention is not None
     return output, attention
+
+
+def result_only(
+    x: Float[Tensor, "batch tokens channels"],
+    memory_key: Float[Tensor, "slots head_channels"],
+    memory_value: Float[Tensor, "slots value_channels"] | None = None,
+    *,
+    num_heads: int = 1,
+    memory_key_bias: Float[Tensor, " slots"] | None = None,
+    memory_value_bias: Float[Tensor, " value_channels"] | None = None,
+    norm: str = "double",
+    eps: float = 1e-9,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, "batch tokens width"]:
+    """Return the result alone: no attention map is written to memory."""
+    output, _ = fused_external_attention(
+        x,
+        memory_key,
+        memory_value,
+        num_heads=num_heads,
+        memory_key_bias=memory_key_bias,
+        memory_value_bias=memory_value_bias,
+        norm=norm,
+        eps=eps,
+        mask=mask,
+    )
+    return output

@@ -85,8 +85,12 @@ def choose_tiling(x: Tensor, num_slots: int, num_channels: int, *, backward: boo
         )
     block_slots = _power_of_two(num_slots, 16, MAX_SLOTS)
     tile_entries = 4096 if backward else 8192
-    block_tokens = _power_of_two(x.shape[1], 16, min(128, tile_entries // block_slots))
-    widest = 32 if x.dtype == torch.float32 or block_slots == MAX_SLOTS else 64
+    widest = 64
+    if x.dtype == torch.float32:  # no tensor cores: tiles are held in registers
+        tile_entries, widest = tile_entries // 2, 32
+    if block_slots == MAX_SLOTS:
+        widest //= 2
+    block_tokens = _power_of_two(x.shape[1], 16, max(16, min(128, tile_entries // block_slots)))
     multiprocessors = 1
     if x.is_cuda:
         properties = cast("Any", torch.cuda.get_device_properties)(x.device)
@@ -96,7 +100,7 @@ def choose_tiling(x: Tensor, num_slots: int, num_channels: int, *, backward: boo
         block_channels=_power_of_two(num_channels, 16, widest),
         block_slots=block_slots,
         num_programs=4 * multiprocessors,
-        num_warps=4 if block_tokens * block_slots <= 4096 else 8,
+        num_warps=8 if block_tokens * block_slots >= (2048 if backward else 8192) else 4,
     )
 
 
