@@ -16,11 +16,11 @@ DEMO = "eamlp_tiny"
 _EAMLP_TINY = Recipe(
     task="classification",
     model=ModelSpec(name="eamlp_tiny"),
-    data=DataSpec(name="digits", batch_size=64),
+    data=DataSpec(name="digits", batch_size=32),
     options={"image_size": 32, "augment": "light", "label_smoothing": 0.1},
     optim=OptimSpec(name="adamw", lr=2e-3, weight_decay=0.05, clip_norm=1.0),
-    schedule=ScheduleSpec(name="cosine", warmup=40, min_lr=0.01),
-    train=TrainSpec(epochs=40, ema_decay=0.99, evaluate_every=4),
+    schedule=ScheduleSpec(name="cosine", warmup=80, min_lr=0.01),
+    train=TrainSpec(epochs=30, ema_decay=0.99, evaluate_every=3),
 )
 
 RECIPES = {"eamlp_tiny": _EAMLP_TINY}

@@ -247,7 +247,7 @@ class ClassificationTask:
             return []
         count = min(len(split), _MAX_REPORT_SAMPLES)
         indices = np.linspace(0, len(split) - 1, count).astype(int).tolist()
-        network = self.networks["model"].eval()
+        network = self.networks["model"]
         probabilities, labels = [], []
         for start in range(0, count, _REPORT_BATCH):
             chosen = indices[start : start + _REPORT_BATCH]
