@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -152,6 +153,12 @@ def test_loading_leaves_the_process_as_it_was():
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert torch.equal(torch.get_rng_state(), states[2])
     assert torch.get_num_threads() == 2
+
+
+def test_no_thread_is_left_behind():
+    before = threading.active_count()
+    batches(Numbers(10), 3)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -1,12 +1,12 @@
 """Starts toy runs in processes of their own, kills them, and starts them again.
 
-Called as ``python arena.py JSON``. Torch is imported once, then every process of a run is forked
-from here, so that a start takes milliseconds. Nothing is computed in this process.
+``python -m engine.arena`` reads runs from standard input, a JSON object a line, and answers each
+with a line. Torch is imported once, then every process of a run is forked from here, so that a
+start takes milliseconds. Nothing is computed in this process.
 """
 
 import json
 import os
-import random
 import signal
 import socket
 import sys
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from toy_tasks import toy_trainer
+from engine.toy_tasks import toy_trainer
 
 from eanet.engine.distributed import join_processes
 from eanet.engine.interruption import Interrupted
@@ -98,16 +98,14 @@ def attempt(run, kill):
 
 
 def main():
-    for run in json.loads(sys.argv[1]):
-        random.seed(run.get("seed", 0))
+    for line in sys.stdin:
+        run = json.loads(line)
         codes, seconds = [], []
         for kill in [*run.get("kills", []), *([] if run.get("unfinished") else [None])]:
             begin = time.monotonic()
             codes.append(attempt(run, kill))
             seconds.append(time.monotonic() - begin)
-        print(  # noqa: T201
-            json.dumps({"codes": codes, "seconds": seconds}), flush=True
-        )
+        print(json.dumps({"codes": codes, "seconds": seconds}), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

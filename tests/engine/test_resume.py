@@ -4,7 +4,7 @@ import random
 import signal
 
 import pytest
-from toy_tasks import assert_same_run, final_state, toy_trainer
+from engine.toy_tasks import assert_same_run, final_state, toy_trainer
 
 from eanet.engine.checkpoint import newest_intact
 from eanet.engine.interruption import Interrupted
@@ -58,7 +58,6 @@ def test_fifty_kills_while_saving_never_lose_the_run(tmp_path, arena, task):
     killed, whole = arena(
         {"trainer": {"folder": tmp_path / "killed", **common}, "kills": kills},
         {"trainer": {"folder": tmp_path / "whole", **common}},
-        timeout=400,
     )
     assert all(code[0] in (0, -signal.SIGKILL) for code in killed["codes"]), killed["stderr"]
     assert sum(code == [-signal.SIGKILL] for code in killed["codes"]) >= 25

@@ -10,6 +10,7 @@ import random
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -66,22 +67,36 @@ def seed_generators(seed: int, *, device: torch.device | None = None) -> None:
 
 
 @contextmanager
-def _untouched_process() -> Generator[None]:
-    """Restore the global generators and the number of threads afterwards.
-
-    One thread, because that is what loader workers compute with: a sum split over several threads
-    may differ in its last bit, and batches would depend on the number of workers.
-    """
+def _untouched_generators() -> Generator[None]:
+    """Restore the global generators afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        torch.set_num_threads(threads)
+
+
+def _single_threaded() -> ThreadPoolExecutor:
+    """Return a Python thread in which torch computes without further threads.
+
+    That is how loader workers compute. A sum that is split over several threads may differ in its
+    last bit, and then batches would depend on the number of workers. The number of threads is a
+    property of the calling thread; changing it to and fro in the main one would make torch build
+    up its thread pools anew for every batch.
+    """
+
+    def limit() -> None:
+        # a thread takes over the process's number at the first question, and later ones not
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eanet-loader")
+    executor.submit(limit).result()
+    torch.set_num_threads(threads)
+    return executor
 
 
 @dataclass
@@ -162,6 +177,7 @@ class _BatchReader(TorchDataset[Any]):
         self.transform = transform
         self.collate = collate
         self.seed = seed
+        self._executor: ThreadPoolExecutor | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """Return one transformed sample."""
@@ -173,8 +189,16 @@ class _BatchReader(TorchDataset[Any]):
         """Return the batch of the samples (epoch, index), or what went wrong with which."""
         if get_worker_info() is not None:
             return self._read(keys)
-        with _untouched_process():
-            return self._read(keys)
+        if self._executor is None:
+            self._executor = _single_threaded()
+        with _untouched_generators():
+            return self._executor.submit(self._read, keys).result()
+
+    def close(self) -> None:
+        """Stop the thread that reads in this process, if there is one."""
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
 
     def _read(self, keys: list[tuple[int, int]]) -> Any:
         samples: list[Any] = []
@@ -245,6 +269,7 @@ class _Batches:
             for keys in self._keys():
                 yield keys, self._next(loader, keys)
         finally:
+            self._reader.close()
             # a loader iterator stops its workers when it is collected; do not wait for that
             with suppress(AttributeError):
                 loader._shutdown_workers()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]

@@ -53,6 +53,8 @@ class AveragedWeights:
         """Move the averages towards the weights as they are after a step (from 0)."""
         weight = 1.0 - self.decay_at(step)
         for name, parameters in self._live.items():
+            if not parameters:
+                continue
             averages = list(self.weights[name].values())
             torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], weight)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 

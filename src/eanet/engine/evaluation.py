@@ -14,7 +14,7 @@ from eanet.data.splits import Dataset
 from eanet.engine.distributed import Processes, broadcast_state, gathered
 from eanet.engine.task import Task
 
-__all__ = ["TrainableTask", "autocast", "evaluate"]
+__all__ = ["TrainableTask", "autocast", "evaluate", "evaluate_unless", "evaluating"]
 
 
 class TrainableTask(Task, Protocol):

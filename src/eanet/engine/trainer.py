@@ -476,14 +476,14 @@ class Trainer:
         if step < 0:
             return
         checkpoint = found or Checkpoint.open(checkpoint_path(folder, step), verify=False)
-        check_continuation(
-            checkpoint.state["continuation"], self._continuation(), source=checkpoint.path
-        )
         if step > self.timetable.total_steps:
             raise UserError(
                 f"{checkpoint.path} is {step} steps into the run, which is to be "
                 f"{self.timetable.total_steps} long; set train.steps or train.epochs higher"
             )
+        check_continuation(
+            checkpoint.state["continuation"], self._continuation(), source=checkpoint.path
+        )
         self.state = self.trained.restore(checkpoint)
 
 
