@@ -9,8 +9,7 @@ follow from the mean and the covariance of the S attention rows, which are small
 a (channels, tokens) map is needed for them. The derivation is in ``README.md`` beside this file.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,8 +27,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class BatchNormArguments:
+class BatchNormArguments(NamedTuple):
     """Batch normalization with statistics of the batch: scale and shift (channels), and its eps."""
 
     weight: Tensor | None
@@ -37,8 +35,7 @@ class BatchNormArguments:
     eps: float = 1e-5
 
 
-@dataclass(frozen=True)
-class BatchStatistics:
+class BatchStatistics(NamedTuple):
     """What the batch norm saw: mean and biased variance (channels), and how many tokens."""
 
     mean: Tensor
@@ -46,8 +43,7 @@ class BatchStatistics:
     count: Tensor
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """What the block does, apart from its tensors."""
 
     norm: Literal["double", "softmax"]
@@ -57,8 +53,7 @@ class _Options:
     relu: bool
 
 
-@dataclass
-class _Operands:
+class _Operands(NamedTuple):
     """The tensors of a block; ``bias`` is the batch norm's shift where there is one."""
 
     x: Tensor  # (B, C, N)
@@ -285,13 +280,12 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        operands = _Operands(*ctx.saved_tensors[:7])
+        saved = ctx.saved_tensors  # unpacked once: a checkpoint recomputes them only once
+        operands = _Operands(*saved[:7])
         if torch.is_grad_enabled():  # second derivatives are wanted
             gradients = _composed_backward(operands, ctx.options, grad_outputs[0])
         else:
-            gradients = _fast_backward(
-                operands, ctx.options, ctx.saved_tensors[7:], grad_outputs[0]
-            )
+            gradients = _fast_backward(operands, ctx.options, saved[7:], grad_outputs[0])
         return None, *gradients, None
 
 
