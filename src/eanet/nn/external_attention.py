@@ -23,6 +23,7 @@ from eanet.nn.memories import (
     MemoryInit,
     MemoryModule,
     autocast_input,
+    bias_of,
     cast,
     check_positive,
     check_tokens,
@@ -134,7 +135,7 @@ class ExternalAttention(MemoryModule):
         if self.query is None:
             return x, self.memory_key, None
         weight = self.query.weight
-        bias: Tensor | None = self.query.bias
+        bias = bias_of(self.query)
         folding_pays = self.num_slots * (self.in_channels - self.channels) <= (
             self.in_channels * self.channels
         )
@@ -352,7 +353,7 @@ class ExternalAttention2d(MemoryModule):
         if self.query is None:
             return self.memory_key, None
         key, key_bias = self.memory_key, None
-        bias: Tensor | None = self.query.bias
+        bias = bias_of(self.query)
         if self.normalization == "double":
             key = attach_zero_gradient(key, bias)
         elif bias is not None:

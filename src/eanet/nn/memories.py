@@ -14,6 +14,7 @@ __all__ = [
     "MemoryInit",
     "MemoryModule",
     "autocast_input",
+    "bias_of",
     "cast",
     "check_positive",
     "check_tokens",
@@ -131,6 +132,11 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return the tensor in another type, ``None`` for ``None``."""
     return None if tensor is None else tensor.to(dtype)
+
+
+def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor | None:
+    """Return the bias of a layer, which PyTorch's types claim it always has."""
+    return layer.bias
 
 
 def project_values(

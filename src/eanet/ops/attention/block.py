@@ -40,7 +40,7 @@ class BatchStatistics(NamedTuple):
 
     mean: Tensor
     variance: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class _Options(NamedTuple):
