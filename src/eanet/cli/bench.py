@@ -1,13 +1,24 @@
-"""Measure: the block in the paper's form, product form and fused form, side by side in one run.
+"""Measure external attention beside what could take its place, each table in one run.
+
+block: the block in the paper's form, product form and fused form;
+cost: Table 12 of the paper, published, counted and measured;
+ops: functions and layers at growing numbers of tokens, beside the limit of the machine.
 
 Examples:
   eanet bench block
+  eanet bench cost --no-measure
+  eanet bench ops --quick
+  eanet bench ops --json ops.json --markdown ops.md --plots plots
   eanet bench block --help
 """
 
 import argparse
 
-MEASUREMENTS = {"block": "eanet.bench.block"}
+MEASUREMENTS = {
+    "block": "eanet.bench.block",
+    "cost": "eanet.bench.cost_table",
+    "ops": "eanet.bench.ops",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
