@@ -68,7 +68,9 @@ def test_fifty_kills_while_saving_never_lose_the_run(tmp_path, arena, task):
 
 @pytest.mark.faults
 @pytest.mark.ranks
-@pytest.mark.parametrize("task", ["classification", "adversary"])
+@pytest.mark.parametrize(
+    "task", [pytest.param("classification", marks=pytest.mark.slow), "adversary"]
+)
 def test_two_killed_processes_end_with_the_same_bits(tmp_path, arena, task):
     common = {"task": task, **BUSY, "steps": 9}
     killed, whole = arena(

@@ -1,8 +1,10 @@
 """Learning rates and the places of validations, by hand and against the published schedules."""
 
+import json
 import math
 
 import pytest
+import torch
 
 from eanet.engine.schedule import Timetable, learning_rate_factor
 from eanet.errors import UserError
@@ -62,6 +64,30 @@ def test_steps_decay_at_milestones():
 
 def test_constant():
     assert factors(timetable(steps=3), name="constant", warmup=1, warmup_lr=0.5) == [0.5, 1.0, 1.0]
+
+
+@pytest.mark.golden("classification.lr_schedule")
+def test_rates_of_the_published_runs(golden_case):
+    """The rate of each epoch as the scheduler of the original runs gives it."""
+    (path,) = golden_case.files.values()
+    tolerance = golden_case.output_tolerance(torch.float64)["rtol"]
+    schedules = json.loads(path.read_text(encoding="utf-8"))["schedules"]
+    assert schedules
+    for schedule in schedules.values():
+        args, rates = schedule["args"], schedule["lr"]
+        assert len(rates) == args["epochs"] + args["cooldown_epochs"]
+        table = timetable(epochs=len(rates), batches_per_epoch=3)
+        found = factors(
+            table,
+            name="cosine",
+            interval="epoch",
+            warmup=args["warmup_epochs"],
+            warmup_lr=args["warmup_lr"] / args["lr"],
+            min_lr=args["min_lr"] / args["lr"],
+            cooldown=args["cooldown_epochs"],
+        )
+        expected = [rate / args["lr"] for rate in rates for _ in range(3)]
+        assert found == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize("spec", [{"warmup": 500}, {"cooldown": 500}, {"warmup": 5, "cooldown": 5}])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from eanet.errors import UserError
@@ -97,9 +98,12 @@ def build_optimizer(network: nn.Module, spec: OptimSpec) -> Optimizer:
         UserError: a value is out of its range, or a group matches nothing.
     """
     groups = parameter_groups(network, spec)
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    # one pass over memory per parameter instead of one per arithmetic operation
-    fused = devices <= {"cpu", "cuda"}
+    trained = [parameter for group in groups for parameter in group["params"]]
+    # one pass over memory per parameter instead of one per arithmetic operation; torch has no
+    # such kernel of SGD for sharded parameters
+    fused = {parameter.device.type for parameter in trained} <= {"cpu", "cuda"}
+    if spec.name == "sgd" and any(isinstance(parameter, DTensor) for parameter in trained):
+        fused = False
     try:
         match spec.name:
             case "adamw":
