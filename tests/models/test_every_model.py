@@ -95,10 +95,12 @@ def test_input_channels_and_features(name, in_channels):
     x = images(model)
     features = model(x)
     assert features.shape == (2, model.norm.normalized_shape[0])
-    assert torch.equal(features, model.forward_features(x))
+    tokens = model.forward_features(x)
+    assert torch.equal(features, model.forward_head(tokens, pre_logits=True))
 
 
 @pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
 def test_bfloat16_is_near(name):
     model = build(name).eval()
     x = images(model)

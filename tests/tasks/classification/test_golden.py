@@ -60,7 +60,8 @@ def test_network_equals_original(golden_case, dtype, device):
     expected = golden_case.starting_with("output64.", torch.float64)
     tokens, _, _ = model.stem(image)
     golden_case.assert_output(tokens, expected["tokens"], "tokens")
-    golden_case.assert_output(model.forward_features(image), expected["features"], "features")
+    features = model.forward_head(model.forward_features(image), pre_logits=True)
+    golden_case.assert_output(features, expected["features"], "features")
     logits = model(image)
     golden_case.assert_output(logits, expected["logits"], "logits")
 

@@ -6,13 +6,15 @@ but linear layers and normalizations is left. The models of Table 2 are built in
 :mod:`eanet.tasks.classification.models`.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from eanet.nn.memories import MemoryModule
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
@@ -24,7 +26,7 @@ from eanet.tasks.classification.tokens_to_token import Stem, TokensToToken
 __all__ = ["Initialization", "MemoryMLP", "Mixer", "Pool", "T2TViT"]
 
 Mixer = Literal["self", "external", "mlp"]
-Pool = Literal["cls", "avg"]
+Pool = Literal["cls", "avg", "none"]
 Initialization = Literal["published", "fan_in"]
 
 
@@ -83,7 +85,8 @@ class T2TViT(nn.Module):
         expansion: width of all heads of the mixer together over D, for ``external`` and ``mlp``.
         mlp_ratio: hidden width of the MLPs over D.
         pool: what the head reads: ``"cls"``, a class token that goes along as token 0, or
-            ``"avg"``, the mean of the patch tokens, without a class token.
+            ``"avg"``, the mean of the patch tokens; ``"none"`` every token.
+        class_token: whether a class token goes along; ``None``: where ``pool`` is not ``"avg"``.
         stem_channels: width within the stem.
         stem_kernels: patch edges of the soft splits.
         stem_strides: distances of their patches.
@@ -118,6 +121,7 @@ class T2TViT(nn.Module):
         expansion: int = 4,
         mlp_ratio: float = 2.0,
         pool: Pool = "cls",
+        class_token: bool | None = None,
         stem_channels: int = 64,
         stem_kernels: Sequence[int] = (7, 3, 3),
         stem_strides: Sequence[int] = (4, 2, 2),
@@ -134,14 +138,17 @@ class T2TViT(nn.Module):
                 f"initialization must be 'published' or 'fan_in', got {initialization!r}"
             )
         self.initialization: Initialization = initialization
-        if pool not in ("cls", "avg"):
-            raise ValueError(f"pool must be 'cls' or 'avg', got {pool!r}")
+        if pool not in ("cls", "avg", "none"):
+            raise ValueError(f"pool must be 'cls', 'avg' or 'none', got {pool!r}")
+        if pool == "cls" and class_token is False:
+            raise ValueError("pool='cls' reads the class token; class_token must not be False")
         if num_classes < 0 or in_channels < 1 or depth < 1:
             raise ValueError(
                 "num_classes must be at least 0, in_channels and depth at least 1; "
                 f"got {num_classes}, {in_channels}, {depth}"
             )
-        self.in_channels, self.num_classes, self.pool = in_channels, num_classes, pool
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.pool: Pool = pool
         self.stem_kind, self.mixer = stem, mixer
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(size) != 2:
@@ -159,7 +166,7 @@ class T2TViT(nn.Module):
             attention_dropout=stem_dropout,
             projection_dropout=stem_dropout,
         )
-        num_prefix = 1 if pool == "cls" else 0
+        num_prefix = int(pool != "avg" if class_token is None else class_token)
         self.positions = SinusoidPositions(
             self.stem.grid(size[0], size[1]),
             channels,
@@ -182,6 +189,18 @@ class T2TViT(nn.Module):
             for number in range(depth)
         )
         self.norm = nn.LayerNorm(channels)
+        #: width of a token, of a feature vector, and tokens before those of patches, as timm asks
+        self.embed_dim = self.num_features = self.head_hidden_size = channels
+        self.num_prefix_tokens = num_prefix
+        self.grad_checkpointing = False
+        self.feature_info: list[dict[str, Any]] = [
+            {
+                "module": f"blocks.{number}",
+                "num_chs": channels,
+                "reduction": math.prod(stem_strides),
+            }
+            for number in range(depth)
+        ]
         self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         self.reset_parameters()
 
@@ -205,6 +224,40 @@ class T2TViT(nn.Module):
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
 
+    def _embed(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "batch tokens width"],
+        tuple[int, int],
+        Bool[Tensor, "batch tokens"] | None,
+    ]:
+        """Return what the first block reads, the grid of patches, and which tokens take part."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images must be (batch, {self.in_channels}, height, width), "
+                f"got {tuple(images.shape)}"
+            )
+        tokens, grid, token_mask = self.stem(images, mask)
+        if self.class_token is not None:
+            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            if token_mask is not None:
+                token_mask = F.pad(token_mask, (1, 0), value=True)
+        return self.dropout(self.positions(tokens, grid, token_mask)), grid, token_mask
+
+    def _run(
+        self,
+        block: nn.Module,
+        tokens: Float[Tensor, "batch tokens width"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Apply a block, keeping none of its activations where checkpointing is on."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(block, tokens, mask, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            return recomputed
+        return block(tokens, mask)
+
     def forward_tokens(
         self,
         images: Float[Tensor, "batch channels height width"],
@@ -220,47 +273,217 @@ class T2TViT(nn.Module):
         Raises:
             ValueError: the channels differ from ``in_channels``, or an image is too small.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images must be (batch, {self.in_channels}, height, width), "
-                f"got {tuple(images.shape)}"
-            )
-        tokens, grid, token_mask = self.stem(images, mask)
-        if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
-            if token_mask is not None:
-                token_mask = F.pad(token_mask, (1, 0), value=True)
-        tokens = self.dropout(self.positions(tokens, grid, token_mask))
+        tokens, _, token_mask = self._embed(images, mask)
         for block in self.blocks:
-            tokens = block(tokens, token_mask)
+            tokens = self._run(block, tokens, token_mask)
         return self.norm(tokens), token_mask
 
     def forward_features(
         self,
         images: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch height width"] | None = None,
-    ) -> Float[Tensor, "batch width"]:
-        """Return one vector per image, what the head reads; arguments as :meth:`forward_tokens`."""
-        tokens, token_mask = self.forward_tokens(images, mask)
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return the tokens of :meth:`forward_tokens` without their mask, as timm's models do."""
+        return self.forward_tokens(images, mask)[0]
+
+    def forward_head(
+        self,
+        tokens: Float[Tensor, "batch tokens width"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        *,
+        pre_logits: bool = False,
+    ) -> Tensor:
+        """Return logits of tokens, or what the classifier reads.
+
+        Args:
+            tokens: as :meth:`forward_features` gives them.
+            mask: True for tokens that take part.
+            pre_logits: return the pooled features (batch, width) instead; with ``pool="none"``
+                the tokens.
+        """
+        features = self._pool(tokens, mask)
+        return features if pre_logits else self.head(features)
+
+    def _pool(
+        self,
+        tokens: Float[Tensor, "batch tokens width"],
+        mask: Bool[Tensor, "batch tokens"] | None,
+    ) -> Tensor:
+        """Return what the classifier reads of the tokens."""
+        if self.pool == "none":
+            return tokens
         if self.pool == "cls":
             return tokens[:, 0]
-        if token_mask is None:
-            return tokens.mean(dim=1)
-        weight = token_mask[..., None].to(tokens.dtype)
-        return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        patches = tokens[:, self.num_prefix_tokens :]
+        if mask is None:
+            return patches.mean(dim=1)
+        weight = mask[:, self.num_prefix_tokens :, None].to(patches.dtype)
+        return (patches * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
     def forward(
         self,
         images: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch height width"] | None = None,
-    ) -> Float[Tensor, "batch classes"]:
-        """Return logits, or features where ``num_classes`` is 0.
+    ) -> Tensor:
+        """Return logits (batch, classes), or features where ``num_classes`` is 0.
 
         Args:
             images: normalized values.
             mask: see :meth:`forward_tokens`.
         """
-        return self.head(self.forward_features(images, mask))
+        tokens, token_mask = self.forward_tokens(images, mask)
+        return self.forward_head(tokens, token_mask)
+
+    # what timm's tools ask of a model beside `forward_features` and `forward_head`
+
+    def forward_intermediates(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the patch tokens after some blocks.
+
+        Args:
+            images: normalized values.
+            indices: of the blocks, negative ones from the end; a number takes the last so many,
+                ``None`` all.
+            return_prefix_tokens: pair each result with the class token (batch, 1, width).
+            norm: apply the last norm to each.
+            stop_early: run no block after the last that is asked for.
+            output_fmt: ``"NCHW"`` (batch, width, rows, columns) or ``"NLC"`` (batch, patches,
+                width).
+            intermediates_only: leave out the tokens after the last norm.
+
+        Returns:
+            The results in the order of the blocks; without ``intermediates_only`` the pair
+            (tokens after the last norm, results).
+
+        Raises:
+            ValueError: a block or a format that does not exist.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        taken = self._block_numbers(indices)
+        blocks = self.blocks[: max(taken) + 1] if stop_early else self.blocks
+        tokens, grid, _ = self._embed(images)
+        results: list[Any] = []
+        for number, block in enumerate(blocks):
+            tokens = self._run(block, tokens)
+            if number not in taken:
+                continue
+            prefix, patches = (self.norm(tokens) if norm else tokens).tensor_split(
+                [self.num_prefix_tokens], dim=1
+            )
+            if output_fmt == "NCHW":
+                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+            results.append((patches, prefix) if return_prefix_tokens else patches)
+        return results if intermediates_only else (self.norm(tokens), results)
+
+    def _block_numbers(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Return the numbers of blocks that ``indices`` stands for, see above."""
+        depth = len(self.blocks)
+        if indices is None:
+            return list(range(depth))
+        asked = range(depth - indices, depth) if isinstance(indices, int) else indices
+        numbers = [index + depth if index < 0 else index for index in asked]
+        if not numbers or not all(0 <= number < depth for number in numbers):
+            raise ValueError(f"indices must be blocks within 0..{depth - 1}, got {indices}")
+        return numbers
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what :meth:`forward_intermediates` of some blocks does not run.
+
+        Args:
+            indices: of the blocks, as there.
+            prune_norm: whether the last norm goes too.
+            prune_head: whether the classifier goes.
+
+        Returns:
+            The numbers of the blocks.
+        """
+        taken = self._block_numbers(indices)
+        self.blocks = self.blocks[: max(taken) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "none")
+        return taken
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the last layer by a fresh one.
+
+        Args:
+            num_classes: its outputs; 0 leaves it out.
+            global_pool: what it reads from now on: a value of ``pool``, or timm's names
+                ``"token"`` and ``""``; ``None`` changes nothing.
+
+        Raises:
+            ValueError: a number below 0, an unknown pool, or a class token that is not there.
+        """
+        pool = {None: self.pool, "token": "cls", "": "none"}.get(global_pool, global_pool)
+        if pool not in ("cls", "avg", "none"):
+            raise ValueError(f"global_pool must be 'cls', 'avg' or 'none', got {global_pool!r}")
+        if pool == "cls" and self.class_token is None:
+            raise ValueError("global_pool='cls' needs a class token; this network has none")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        self.num_classes, self.pool = num_classes, pool
+        table = self.positions.table
+        self.head = (
+            nn.Linear(self.num_features, num_classes, device=table.device, dtype=table.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+        if isinstance(self.head, nn.Linear):
+            by_inputs = self.initialization == "fan_in"
+            nn.init.trunc_normal_(
+                self.head.weight, std=self.num_features**-0.5 if by_inputs else 0.02
+            )
+            nn.init.zeros_(self.head.bias)
+        config = getattr(self, "config", None)
+        if isinstance(config, dict):  # so that a saved folder builds this network again
+            config["arguments"] |= {
+                "num_classes": num_classes,
+                "pool": pool,
+                "class_token": self.class_token is not None,
+            }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Choose whether training computes the blocks twice instead of keeping their activations.
+
+        Raises:
+            ValueError: the network has batch norms, whose statistics would count a batch twice.
+        """
+        if enable and any(isinstance(module, nn.BatchNorm1d) for module in self.modules()):
+            raise ValueError("gradient checkpointing would count every batch twice in batch norms")
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that are not decayed beside vectors."""
+        return {"class_token", "positions.table"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that sort parameters by depth, for learning rates by layer."""
+        del coarse
+        return {
+            "stem": r"^(class_token|positions|stem)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
 
 def _mixer(
