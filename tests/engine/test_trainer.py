@@ -300,6 +300,23 @@ def test_bfloat16_keeps_weights_in_float32(tmp_path):
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
+def test_compiled_networks_train_alike(tmp_path, monkeypatch):
+    """Traced and called through the compiler's front end; code generation is PyTorch's part."""
+    compiled = []
+
+    def compile_eagerly(network):
+        compiled.append(network)
+        return original(network, backend="eager")
+
+    original = torch.compile
+    monkeypatch.setattr("torch.compile", compile_eagerly)
+    toy_trainer(tmp_path / "compiled", compile=True).fit()
+    toy_trainer(tmp_path / "plain").fit()
+    assert len(compiled) == 2  # for training and for validation
+    first, second = (final_state(tmp_path / name)[0] for name in ("compiled", "plain"))
+    assert largest_difference(first, second) < 1e-6
+
+
 def test_a_changed_recipe_is_refused_or_told(tmp_path):
     toy_trainer(tmp_path, steps=5).fit()
     with pytest.raises(UserError, match=r"data\.batch_size was 8, is 4.*train\.seed was 3, is 4"):
