@@ -269,10 +269,12 @@ def idx_bytes(array, code):
     return head + array.tobytes()
 
 
-@pytest.mark.parametrize(("code", "dtype"), [(8, ">u1"), (11, ">i2"), (12, ">i4"), (13, ">f4")])
+@pytest.mark.parametrize(
+    ("code", "stored_type"), [(8, ">u1"), (11, ">i2"), (12, ">i4"), (13, ">f4")]
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_idx_round_trip(tmp_path, code, dtype, packed):
-    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+def test_idx_round_trip(tmp_path, code, stored_type, packed):
+    array = np.arange(24).reshape(2, 3, 4).astype(stored_type)
     path = tmp_path / ("a.gz" if packed else "a")
     data = idx_bytes(array, code)
     path.write_bytes(gzip.compress(data) if packed else data)
