@@ -13,8 +13,16 @@ from torch import nn
 from eanet.bench import sweep as sweep_module
 from eanet.bench.contenders import Contender, contenders
 from eanet.bench.limits import Limit, MachineRates
-from eanet.bench.ops import Sweep, crossover, format_sweep, main, run_sweep
-from eanet.bench.sweep import Budget, Progress, Record, Workload, measure_size, near_square
+from eanet.bench.ops import SIZES, Sweep, crossover, format_sweep, main, run_sweep
+from eanet.bench.sweep import (
+    Budget,
+    Progress,
+    Record,
+    Workload,
+    measure_size,
+    near_square,
+    with_probes,
+)
 from eanet.cli import main as command_line
 from eanet.errors import UserError
 from eanet.ops.attention import BACKENDS, external_attention
@@ -223,6 +231,43 @@ def test_memory_is_foretold(clock):
     assert "would hold about" in records[2].left_out
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([256, 16], [16, 256]),
+        ([4096], [4096]),
+        ([5000], [(256), (4096), 5000]),
+        ([1 << 20, 1024], [1024, (1 << 14), (1 << 18), 1 << 20]),
+        (SIZES, list(SIZES)),
+    ],
+)
+def test_no_size_comes_as_a_surprise(sizes, expected):
+    steps = with_probes(sizes)
+    assert [size for size, _ in steps] == expected
+    assert [size for size, is_probe in steps if not is_probe] == sorted(sizes)
+
+
+def test_probes_are_not_reported(clock, monkeypatch):
+    monkeypatch.setattr("eanet.bench.ops.limit_of", lambda *_, **__: Limit(1.0, 1.0, 1.0))
+    sweep = run_sweep(
+        [8192],
+        channels=4,
+        num_slots=2,
+        device=CPU,
+        dtype=torch.float32,
+        # 16,777 s for 4,096 tokens and 67,109 s for 8,192
+        budget=Budget(20_000.0, 1e9),
+        modes=["inference"],
+        chosen=[clocked(clock, "square", 2), clocked(clock, "linear", 1, ours=True)],
+        rates=RATES,
+        rounds=1,
+        progress=Progress(io.StringIO()),
+    )
+    assert [record.num_tokens for record in sweep.records] == [8192, 8192]
+    assert sweep.records[0].left_out == "would take about 6.7e+04 s a run"
+    assert sweep.records[1].median_seconds == pytest.approx(8.192)
+
+
 def test_a_wrong_foretelling_costs_a_single_run(clock):
     surprising = Contender("cubic", "layer", lambda _: Waits(clock, 3))
     records = measured([surprising], [4, 64], budget=Budget(10.0, 1e9))
@@ -311,7 +356,7 @@ def test_tables_show_times_memory_limit_crossover_and_reasons():
     assert "a machine" in text
 
 
-def test_a_sweep_runs_both_modes_and_stops_where_inputs_do_not_fit():
+def test_a_sweep_runs_both_modes_and_leaves_out_inputs_that_do_not_fit():
     chosen = [ALL["ExternalAttention"], ALL["nn.MultiheadAttention"]]
     progress = io.StringIO()
     sweep = run_sweep(
@@ -333,7 +378,7 @@ def test_a_sweep_runs_both_modes_and_stops_where_inputs_do_not_fit():
     assert keys == [(name, mode, size) for size, mode, name in expected]
     assert all(record.seconds for record in sweep.records)
     assert set(sweep.limits) == {(m, n) for m in ("inference", "training") for n in (16, 256)}
-    assert "stopping before N = 1,099,511,627,776" in progress.getvalue()
+    assert "leaving out N = 1,099,511,627,776: inputs of 5.24e+05 GiB" in progress.getvalue()
     report = json.loads(json.dumps(sweep.as_json()))
     assert report["crossovers"][0]["other"] == "nn.MultiheadAttention"
 

@@ -30,6 +30,7 @@ from eanet.bench.sweep import (
     default_budget,
     measure_size,
     open_device,
+    with_probes,
 )
 from eanet.errors import UserError
 from eanet.nn.compared import COMPARED_MODULES
@@ -204,22 +205,21 @@ def measure_modules(
 ) -> list[Record]:
     """Measure every module in both modes at one size of map.
 
-    Sizes of a quarter of the side come first: they tell what the full size will need.
+    Smaller maps come first where the size is large: they tell what it will need.
     """
     modules = subjects(num_slots)
     final: list[Record] = []
     for mode in ("inference", "training"):
         before: list[Record] = []
-        for side in dict.fromkeys((max(size // 4, 1), size)):
-            workload = Workload(side * side, channels, device, dtype)
-            progress.say(f"{mode}: {side} x {side}")
+        for num_tokens, is_probe in with_probes([size * size]):
+            progress.say(f"{mode}: N = {num_tokens:,}" + (" (to foretell)" if is_probe else ""))
             before = measure_size(
                 modules,
-                workload,
+                Workload(num_tokens, channels, device, dtype),
                 mode,
                 before=before,
                 budget=budget,
-                rounds=rounds if side == size else 1,
+                rounds=1 if is_probe else rounds,
                 progress=progress,
             )
         final += before

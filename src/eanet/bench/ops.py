@@ -38,6 +38,7 @@ from eanet.bench.sweep import (
     default_budget,
     measure_size,
     open_device,
+    with_probes,
 )
 from eanet.errors import UserError
 from eanet.registry import import_module
@@ -132,18 +133,21 @@ def run_sweep(
         rates = measure_machine_rates(device=device, dtype=dtype)
     records: list[Record] = []
     limits: dict[tuple[Mode, int], Limit] = {}
-    for num_tokens in sorted(sizes):
+    probed: list[Record] = []
+    fitting = _fitting(sizes, everyone, channels, dtype, budget, progress)
+    for num_tokens, is_probe in with_probes(fitting):
         workload = Workload(num_tokens, channels, device, dtype)
-        held = _shared_bytes(everyone, workload)
-        if held > budget.num_bytes:
-            progress.say(f"stopping before N = {num_tokens:,}: inputs alone {held / 2**30:.3g} GiB")
-            break
         for mode in modes:
-            progress.say(f"N = {num_tokens:,}, {mode}")
-            records += measure_size(
+            progress.say(f"N = {num_tokens:,}, {mode}" + (" (to foretell)" if is_probe else ""))
+            measured = measure_size(
                 everyone, workload, mode,
-                before=records, budget=budget, rounds=rounds, progress=progress,
+                before=[*probed, *records], budget=budget, rounds=1 if is_probe else rounds,
+                progress=progress,
             )  # fmt: skip
+            if is_probe:
+                probed += measured
+                continue
+            records += measured
             work = external_attention_work(
                 num_tokens, channels, num_slots,
                 training=mode == "training", bytes_per_value=dtype.itemsize,
@@ -153,11 +157,25 @@ def run_sweep(
     return Sweep(channels, num_slots, tuple(records), limits, rates, where)
 
 
-def _shared_bytes(chosen: Iterable[Contender], workload: Workload) -> int:
-    """Return the bytes of the inputs and gradients that all contenders share."""
+def _fitting(
+    sizes: Iterable[int],
+    chosen: Iterable[Contender],
+    channels: int,
+    dtype: torch.dtype,
+    budget: Budget,
+    progress: Progress,
+) -> list[int]:
+    """Return the sizes whose inputs, shared by all contenders, a budget allows."""
     kinds = {contender.takes for contender in chosen}
-    tensors = len(kinds) + (2 if "triple" in kinds else 0) + 1
-    return tensors * workload.num_tokens * workload.channels * workload.dtype.itemsize
+    num_tensors = len(kinds) + (2 if "triple" in kinds else 0) + 1  # and a gradient of the result
+    fitting: list[int] = []
+    for num_tokens in sizes:
+        held = num_tensors * num_tokens * channels * dtype.itemsize
+        if held <= budget.num_bytes:
+            fitting.append(num_tokens)
+        else:
+            progress.say(f"leaving out N = {num_tokens:,}: inputs of {held / 2**30:.3g} GiB")
+    return fitting
 
 
 def crossover(ours: Sequence[Record], other: Sequence[Record]) -> float | None:

@@ -34,6 +34,7 @@ __all__ = [
     "measure_size",
     "near_square",
     "open_device",
+    "with_probes",
 ]
 
 #: a forward pass without gradients, or forward and backward with gradients of inputs and weights
@@ -45,6 +46,8 @@ INFERENCE_ONLY = "inference only"
 #: time that all rounds at one size should take together
 _SIZE_SECONDS = 8.0
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 15
+#: sizes that are there to foretell others: see :func:`with_probes`
+_PROBE_TOKENS, _FIRST_TOKENS, _GROWTH = 256, 4096, 16
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,28 @@ def near_square(number: int) -> int:
     (16, 10, 1)
     """
     return next(k for k in range(int(number**0.5), 0, -1) if number % k == 0)
+
+
+def with_probes(sizes: Sequence[int]) -> list[tuple[int, bool]]:
+    """Return the sizes in growing order, and between them smaller ones that foretell them.
+
+    No contender meets a size more than 16 times what it has met before, or more than 4,096 tokens
+    as its first.
+
+    Returns:
+        (size, whether it is there only to foretell) for each.
+
+    >>> with_probes([100_000, 256])
+    [(256, False), (4096, True), (65536, True), (100000, False)]
+    """
+    steps: list[tuple[int, bool]] = []
+    for size in sorted(set(sizes)):
+        if not steps and size > _FIRST_TOKENS:
+            steps.append((_PROBE_TOKENS, True))
+        while steps and size > _GROWTH * steps[-1][0]:
+            steps.append((_GROWTH * steps[-1][0], True))
+        steps.append((size, False))
+    return steps
 
 
 class Progress:
