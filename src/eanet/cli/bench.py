@@ -2,7 +2,8 @@
 
 block: the block in the paper's form, product form and fused form;
 cost: Table 12 of the paper, published, counted and measured;
-ops: functions and layers at growing numbers of tokens, beside the limit of the machine.
+ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
+streaming: ten million tokens and more in constant memory.
 
 Examples:
   eanet bench block
@@ -18,6 +19,7 @@ MEASUREMENTS = {
     "block": "eanet.bench.block",
     "cost": "eanet.bench.cost_table",
     "ops": "eanet.bench.ops",
+    "streaming": "eanet.bench.streaming",
 }
 
 
