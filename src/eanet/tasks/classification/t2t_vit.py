@@ -105,6 +105,11 @@ class T2TViT(nn.Module):
         ValueError: a choice is unknown or sizes do not fit.
     """
 
+    #: name and arguments, where the network was built by name
+    config: dict[str, Any]
+    #: what its weights and their data say of themselves, where they were loaded
+    facts: dict[str, Any]
+
     def __init__(
         self,
         num_classes: int = 1000,
