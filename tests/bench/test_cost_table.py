@@ -3,15 +3,19 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from eanet.bench import cost_table
+from eanet.bench.cost import count_cost
 from eanet.bench.cost_table import count_modules, format_counts, format_times, main
 from eanet.bench.sweep import Budget, Progress, Record, default_budget
 from eanet.cli import main as command_line
 from eanet.errors import UserError
+from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
+from eanet.nn.self_attention import SelfAttention
 from eanet.recipes.paper import rows
 
 PAPER, FIRST, FOLDED = (
@@ -174,3 +178,51 @@ def test_a_budget_in_gibibytes():
     cpu = torch.device("cpu")
     assert default_budget(cpu, 3.0, 2.0) == Budget(3.0, 2 * 2**30)
     assert default_budget(cpu, 3.0, None).num_bytes > 2**20
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "cost.md"
+
+
+def test_the_page_shows_what_the_command_prints(counted):
+    shown = PAGE.read_text(encoding="utf-8").split("<!-- eanet bench cost --no-measure -->\n")[1]
+    assert shown.split("\n<!-- end -->")[0] == format_counts(list(counted.values()))
+
+
+def cells_of(first: str) -> list[str]:
+    """The cells of the line of the page that starts so."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.mark.parametrize("channels", [256, 384, 448])
+def test_where_self_attention_is_cheaper(channels):
+    heads = 4 * channels // 64
+    layer = MultiHeadExternalAttention(channels, 64, num_heads=heads, memory_bias=False)
+    narrow = MultiHeadExternalAttention(
+        channels, 64, num_heads=channels // 64, expansion=1, memory_bias=False
+    )
+    rival = SelfAttention(channels, num_heads=channels // 64)
+
+    def difference(module, tokens):
+        shape = (1, tokens, channels)
+        return count_cost(module, shape).macs - count_cost(rival, shape).macs
+
+    widened, folded, _ = (cell.replace(",", "") for cell in cells_of(str(channels)))
+    tokens = int(widened)
+    assert difference(layer, tokens - 1) > 0
+    assert difference(layer, tokens) == 0
+    assert difference(narrow, 1) < 0
+    assert difference(layer.eval().fused(), int(folded) - 1) > 0
+    assert difference(layer.eval().fused(), int(folded)) == 0
+
+
+def test_counts_at_197_tokens():
+    shape = (1, 197, 256)
+    layer = MultiHeadExternalAttention(256, 64, num_heads=16, memory_bias=False).eval()
+    for first, macs in (
+        ("self-attention", count_cost(SelfAttention(256, num_heads=4), shape).macs),
+        ("multi-head external attention", count_cost(layer, shape).macs),
+        ("the same, folded for inference", count_cost(layer.fused(), shape).macs),
+    ):
+        assert cells_of(first)[1] == f"{macs / 1e6:.1f} M"
