@@ -19,6 +19,10 @@ __all__ = [
     "slot_softmax",
 ]
 
+#: torch.softmax adds up in order on a CPU: within 5e-7 of the exact attention for so many float32
+#: tokens, but 8e-6 off for a million, where torch.sum, which adds pairwise, stays within 4e-7
+_MOST_TOKENS_OF_SOFTMAX = 16_384
+
 
 def _along(vector_per_sample: Tensor, ndim: int, dim: int) -> Tensor:
     """Reshape a (batch, n) tensor so that it broadcasts along one dimension of a larger one."""
@@ -54,11 +58,16 @@ def _normalize_quotient(
     if mask is not None:
         # a finite value, so that a sample without any valid token gives no inf - inf
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    weights = (logits - logits.amax(token_dim, keepdim=True)).exp_()
-    if mask is not None:
-        weights.masked_fill_(~mask, 0.0)
-    # the largest exponential is 1, so only a sample without valid tokens is changed by the clamp
-    weights.div_(weights.sum(token_dim, keepdim=True).clamp_(min=1.0))
+    if logits.shape[token_dim] <= _MOST_TOKENS_OF_SOFTMAX:
+        weights = torch.softmax(logits, dim=token_dim)
+        if mask is not None:
+            weights.masked_fill_(~mask, 0.0)
+    else:
+        weights = (logits - logits.amax(token_dim, keepdim=True)).exp_()
+        if mask is not None:
+            weights.masked_fill_(~mask, 0.0)
+        # the largest exponential is 1, so the clamp changes samples without valid tokens alone
+        weights.div_(weights.sum(token_dim, keepdim=True).clamp_(min=1.0))
     if slot_mask is not None:
         weights.masked_fill_(~slot_mask, 0.0)
     denominator = weights.sum(slot_dim, keepdim=True).add_(eps)
