@@ -20,7 +20,7 @@ _EAMLP_TINY = Recipe(
     options={"image_size": 32, "augment": "light", "label_smoothing": 0.1},
     optim=OptimSpec(name="adamw", lr=2e-3, weight_decay=0.05, clip_norm=1.0),
     schedule=ScheduleSpec(name="cosine", warmup=80, min_lr=0.01),
-    train=TrainSpec(epochs=30, ema_decay=0.99, evaluate_every=3),
+    train=TrainSpec(epochs=20, ema_decay=0.99, evaluate_every=2),
 )
 
 RECIPES = {"eamlp_tiny": _EAMLP_TINY}

@@ -29,9 +29,9 @@ class Digits:
             raise UserError(f"data set 'digits' is built in and takes no folder, got {root!r}")
         from sklearn.datasets import load_digits  # slow to import: only when asked for
 
-        digits = load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
-        labels = digits.target.astype(int)
+        digits = load_digits(return_X_y=True)
+        rows, labels = np.asarray(digits[0]), np.asarray(digits[1]).astype(int)
+        images = np.rint(rows * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # stored as 0..16
         train, test = carve_validation(
             labels.tolist(), len(labels), _TEST_FRACTION, seed=_TEST_SPLIT_SEED
         )
@@ -40,7 +40,7 @@ class Digits:
             train=LabeledArrays(images[train], labels[train].tolist(), "digits/train"),
             test=LabeledArrays(images[test], labels[test].tolist(), "digits/test"),
             facts={
-                "class_names": [str(name) for name in digits.target_names],
+                "class_names": [str(digit) for digit in range(10)],
                 "num_classes": 10,
                 "in_channels": 1,
                 "mean": mean,

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 __all__ = ["ClassificationMetrics"]
@@ -21,7 +21,7 @@ class ClassificationMetrics:
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
-        metrics: dict[str, MulticlassAccuracy | MulticlassConfusionMatrix] = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             "confusion": MulticlassConfusionMatrix(num_classes),
         }

@@ -18,6 +18,7 @@ from eanet.report.figures import COLORS, INK, MUTED, new_figure, picture, style_
 from eanet.report.grids import image_grid, show_image
 from eanet.report.page import Paragraph, Section, Table
 from eanet.tasks.classification.samples import Sample
+from eanet.tasks.classification.t2t_vit import T2TViT
 
 __all__ = [
     "Results",
@@ -31,6 +32,8 @@ __all__ = [
 _BLUE, _ORANGE = COLORS[0], COLORS[1]
 #: classes whose names and counts still fit into a drawn matrix
 _MAX_NAMED_CLASSES, _MAX_COUNTED_CLASSES = 40, 20
+#: predictions in a row
+_PER_ROW = 6
 #: edge to which small images are enlarged before a map is laid over them
 _SHOWN_PIXELS = 192
 
@@ -196,7 +199,8 @@ def examples_section(results: Results, *, count: int = 12) -> Section:
     ):
         if len(positions):
             figure = _prediction_grid(results, positions.tolist())
-            section.parts.append(picture(figure, words))
+            # one size of image whatever their number
+            section.parts.append(picture(figure, words, 150 * min(_PER_ROW, len(positions))))
     if not len(wrong):
         section.parts.append(Paragraph("No sample was classified wrong."))
     return section
@@ -214,7 +218,7 @@ def _prediction_grid(results: Results, positions: Sequence[int]) -> Figure:
         images.append(_enlarged(_as_array(results.sample(position).image)))
         titles.append(title)
         colors.append(INK if given == true else _ORANGE)
-    return image_grid(images, titles, min(6, len(images)), title_colors=colors)
+    return image_grid(images, titles, min(_PER_ROW, len(images)), title_colors=colors)
 
 
 def attention_sections(
@@ -265,10 +269,14 @@ def attention_sections(
     section.parts.append(picture(figure, words))
 
     heads = np.unique(np.linspace(0, num_heads - 1, num_columns).astype(int)).tolist()
-    section.parts.append(picture(_head_figure(images, last, heads, names), _HEAD_WORDS))
+    width = 130 * (len(heads) + 1)
+    section.parts.append(picture(_head_figure(images, last, heads, names), _HEAD_WORDS, width))
 
-    figure = _block_figure(images[0], blocks[0], slots)
-    words = f"From the first block (top) to the last: the same slots on one image ({names[0]})."
+    words = (
+        f"From the first block (top) to the last, on one image ({names[0]}). Every block has "
+        "memories of its own; each row shows the slots that differ most there, from left to right."
+    )
+    figure = _block_figure(images[0], blocks[0], num_columns)
     section.parts.append(picture(figure, words))
     section.parts.append(_concentration_table(blocks[0], num_slots))
     return [section]
@@ -287,13 +295,19 @@ def _head_figure(
     return slot_grid(images, maps, titles=names, slots=range(len(heads)), slot_titles=titles)
 
 
-def _block_figure(image: np.ndarray, blocks: Sequence[np.ndarray], slots: Sequence[int]) -> Figure:
-    """Draw the same slots in every block, heads averaged, a row for each block."""
+def _block_figure(image: np.ndarray, blocks: Sequence[np.ndarray], num_columns: int) -> Figure:
+    """Draw the most telling slots of every block, heads averaged, a row for each block."""
     count = min(len(blocks), 8)
     numbers = np.linspace(0, len(blocks) - 1, count).astype(int).tolist()
-    maps = np.stack([blocks[number].mean(axis=0) for number in numbers])
-    titles = [f"block {number + 1}" for number in numbers]
-    return slot_grid([image] * count, maps, titles=titles, slots=list(slots))
+    means = [blocks[number].mean(axis=0) for number in numbers]
+    maps = np.stack([mean[salient_slots(mean[None], num_columns)] for mean in means])
+    return slot_grid(
+        [image] * count,
+        maps,
+        titles=[f"block {number + 1}" for number in numbers],
+        slots=range(maps.shape[1]),
+        slot_titles=[f"choice {place + 1}" for place in range(maps.shape[1])],
+    )
 
 
 def _concentration_table(blocks: Sequence[np.ndarray], num_slots: int) -> Table:
@@ -317,16 +331,15 @@ def _captured(network: nn.Module, images: Tensor) -> list[np.ndarray]:
 
     Attention among tokens is no map of slots and is left out, as is what lies in the stem.
     """
-    blocks = getattr(network, "blocks", None)
-    if blocks is None or not hasattr(network, "stem"):
+    if not isinstance(network, T2TViT):
         return []
-    rows, columns = network.stem.grid(*images.shape[2:])
+    rows, columns = network.stem.grid(images.shape[2], images.shape[3])
     with capture_attention(network) as maps:
         network(images)
     found: list[np.ndarray] = []
-    for number in range(len(blocks)):
+    for number in range(len(network.blocks)):
         attention = maps.get(f"blocks.{number}.attention")
-        if attention is None or not hasattr(blocks[number].attention, "memory_key"):
+        if attention is None or network.mixer != "external":
             continue
         patches = attention[0].float().cpu().numpy()[:, -rows * columns :]  # without class token
         found.append(patches.transpose(0, 2, 1).reshape(*patches.shape[::2], rows, columns))

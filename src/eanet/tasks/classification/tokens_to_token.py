@@ -302,17 +302,28 @@ class TokensToToken(nn.Module):
         """
         self.grid(images.shape[2], images.shape[3])  # refuses an image that is too small
         picture = images if mask is None else images * mask[:, None]
-        grid = (picture.shape[2], picture.shape[3])
-        for number, split in enumerate(self.splits):
-            assert isinstance(split, SoftSplit)
-            tokens = split(picture)
-            grid = split.grid(*grid)
-            mask = None if mask is None else split.mask_grid(mask)
-            if number == len(self.blocks):
-                break
-            tokens = self.blocks[number](tokens, None if mask is None else mask.flatten(1))
+        tokens, grid, mask = self._split(0, picture, mask)
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, None if mask is None else mask.flatten(1))
             picture = tokens.transpose(1, 2).unflatten(2, grid)
             if mask is not None:
                 # the next split must see around the image the zeros it would see without padding
                 picture = picture * mask[:, None]
+            tokens, grid, mask = self._split(number + 1, picture, mask)
         return self.projection(tokens), grid, None if mask is None else mask.flatten(1)
+
+    def _split(
+        self,
+        number: int,
+        picture: Float[Tensor, "batch channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None,
+    ) -> tuple[
+        Float[Tensor, "batch tokens patch"],
+        tuple[int, int],
+        Bool[Tensor, "batch rows columns"] | None,
+    ]:
+        """Return the patches of one soft split, their grid and their mask."""
+        split = self.splits[number]
+        assert isinstance(split, SoftSplit)
+        grid = split.grid(picture.shape[2], picture.shape[3])
+        return split(picture), grid, None if mask is None else split.mask_grid(mask)

@@ -276,7 +276,11 @@ def erase(
         probability: of an image to lose a rectangle.
     """
     eraser = v2.RandomErasing(
-        probability, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random", inplace=True
+        probability,
+        scale=(0.02, 1 / 3),
+        ratio=(0.3, 1 / 0.3),
+        value="random",  # pyright: ignore[reportArgumentType]  documented, left out of its type
+        inplace=True,
     )
     for image in images:
         eraser(image)
