@@ -123,7 +123,7 @@ def _normalize(
     BLOCK_S: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """Return attention [BLOCK_N, BLOCK_S] and the denominator of Eq. 11 [BLOCK_N].
+    """Return attention [BLOCK_N, BLOCK_S] and the denominator of Eq. 11 [BLOCK_N] (of "double").
 
     Numerator and denominator of Eq. 11 are divided by the largest exponential of the token, or by
     eps if that is larger: nothing underflows, and eps = 0 (log_eps = -inf) is no special case.
@@ -143,10 +143,12 @@ def _normalize(
         sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
         weights /= sums[None, :]
     total = tl.sum(weights, axis=1)
+    denominator = total
     if DOUBLE:
         total += tl.exp(log_eps - offset)
+        denominator = tl.exp(offset) * total
     attention = tl.where(valid[:, None], weights / total[:, None], 0.0)
-    return attention, tl.exp(offset) * total
+    return attention, denominator
 
 
 @triton.jit

@@ -1,0 +1,368 @@
+"""The Triton kernels on a CPU; ``test_kernels.py`` runs this file in a process of its own.
+
+Triton decides once, when it is imported, whether kernels are compiled or interpreted, for the whole
+process. The variable cannot be set for some tests only: kernels that torch compiles for a GPU in
+other tests would be interpreted too.
+"""
+
+import pytest
+import torch
+
+from eanet.ops.attention import (
+    custom_op,
+    eager,
+    external_attention,
+    kernels,
+    launch,
+    multi_head_external_attention,
+    reference,
+)
+from tests.ops.attention.kernel_cases import (
+    CASES,
+    MUTANTS,
+    Case,
+    check,
+    check_dropout,
+    mutant,
+    operands,
+    run,
+    same_on_another_tiling,
+    with_map,
+)
+
+CPU = torch.device("cpu")
+SMALL = launch.Tiling(
+    block_tokens=16, block_channels=16, block_slots=32, num_programs=6, num_warps=4
+)
+
+
+def test_kernels_are_interpreted():
+    assert kernels.INTERPRETED, "set TRITON_INTERPRET=1"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_equal_the_equations(case):
+    check(case, CPU)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_comparison_notices(name):
+    case, changes = MUTANTS[name]
+    assert case in CASES, "the right call has to pass"
+    with pytest.raises(AssertionError, match="error"):
+        check(case, CPU, mutant(changes))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(mask="sample empty"),
+        Case(norm="softmax", heads=2),
+        Case(residual=True, dtype=torch.float16, mask="padded"),
+    ],
+    ids=str,
+)
+def test_parts_add_up_to_the_whole(monkeypatch, case):
+    monkeypatch.setattr(launch, "choose_tiling", lambda *_, **__: SMALL)
+    case = same_on_another_tiling(case)
+    if case.residual:
+        case = Case(**{**vars(case), "value_channels": case.channels})
+    assert launch._split_tokens(case.tokens, 2 * case.heads, SMALL)[0] > 1 or case.heads > 1
+    check(case, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["double", "softmax"])
+def test_dropout_drops_the_same_entries_in_both_passes(norm, dtype):
+    case = Case(norm=norm, dtype=dtype, tokens=60, heads=2, mask="padded")
+    check_dropout(case, CPU, 0.3)
+
+
+def test_dropout_follows_its_seed():
+    x, memory = torch.randn(1, 30, 4), torch.randn(10, 4)
+
+    def drop(**options):
+        return custom_op.fused_external_attention(x, memory, attention_dropout=0.5, **options)[0]
+
+    low, high = (torch.tensor([seed]) for seed in (3, 3 + 2**32))
+    torch.testing.assert_close(drop(seed=low), drop(seed=low), rtol=0, atol=0)
+    assert not torch.equal(drop(seed=low), drop(seed=high))
+    # without a seed, torch's own generator decides
+    torch.manual_seed(5)
+    first, second = drop(), drop()
+    torch.manual_seed(5)
+    assert torch.equal(first, drop())
+    assert not torch.equal(first, second)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    tensors, mask = operands(Case(mask="padded", batch=3), CPU)
+    x, memory = tensors["x"], tensors["memory_key"]
+    together = external_attention(x, memory, mask=mask, backend="triton")
+    alone = external_attention(x[1:2], memory, mask=mask[1:2], backend="triton")
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-6)
+
+
+def test_masked_tokens_may_hold_anything():
+    tensors, mask = operands(Case(mask="padded"), CPU)
+    memory = tensors["memory_key"].requires_grad_()
+    dirty = tensors["x"].masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    out = external_attention(dirty, memory, mask=mask, backend="triton")
+    out.square().sum().backward()
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(memory.grad).all()
+    assert torch.isfinite(dirty.grad).all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradients_of_one_output_alone(which):
+    case = Case(mask="padded", heads=2)
+    tensors, mask = operands(case, CPU)
+
+    def gradients(module, dtype):
+        leaves = [tensors[n].to(dtype).requires_grad_() for n in ("x", "memory_key")]
+        outputs = module.multi_head_external_attention(*leaves, num_heads=2, mask=mask)
+        # the gradient of a sum is expanded from one number: its strides are 0
+        return torch.autograd.grad((outputs[which] ** 2).sum() + outputs[which].sum(), leaves)
+
+    for actual, expected in zip(
+        gradients(custom_op, torch.float32), gradients(reference, torch.float64), strict=True
+    ):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_memories_may_stay_float32_beside_half_tokens():
+    case = Case(dtype=torch.bfloat16, heads=2)
+    tensors, mask = operands(case, CPU)
+
+    def gradients(memory_dtype):
+        mixed = {n: t if n == "x" else t.to(memory_dtype) for n, t in tensors.items()}
+        return run(with_map, case, mixed, mask)
+
+    float32, bfloat16 = gradients(torch.float32), gradients(torch.bfloat16)
+    assert float32["result"].dtype == torch.bfloat16
+    torch.testing.assert_close(float32["result"], bfloat16["result"], rtol=0, atol=0)
+    assert float32["gradient of memory_key"].dtype == torch.float32
+    assert bfloat16["gradient of memory_key"].dtype == torch.bfloat16
+
+
+def test_autocast_casts_as_a_product_does():
+    x, memory = torch.randn(1, 9, 4), torch.randn(5, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = external_attention(x, memory, backend="triton")
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert memory.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 4), (2, 0, 4)])
+def test_nothing_gives_nothing(shape):
+    x, memory = torch.randn(shape, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    out = external_attention(x, memory, backend="triton")
+    assert out.shape == shape
+    out.sum().backward()
+    assert x.grad.shape == shape
+    assert (memory.grad == 0).all()
+
+
+def test_the_layout_of_x_is_kept():
+    x = torch.randn(2, 6, 9).transpose(1, 2).requires_grad_()
+    out = external_attention(x, torch.randn(5, 6), backend="triton")
+    out.sum().backward()
+    assert out.stride() == x.stride()
+    out = external_attention(x.detach().contiguous(), torch.randn(5, 6), backend="triton")
+    assert out.is_contiguous()
+
+
+# --- the operators -------------------------------------------------------------------------------
+
+OPERATOR_CASES = [
+    Case(mask="padded", heads=2),
+    Case(norm="softmax", layout="tokens last"),
+    Case(tied=True, value_channels=12, biases=False, eps=0.0),
+]
+
+
+# torch asks tensors inside a graph for their gradients when it traces
+not_a_leaf = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
+
+@not_a_leaf
+@pytest.mark.parametrize(
+    ("case", "dropout"), list(zip(OPERATOR_CASES, (0.5, 0.0, 0.0), strict=True)), ids=str
+)
+def test_operators_pass_all_checks(case, dropout, without_shape_checks):
+    tensors, mask = operands(case, CPU)
+    leaves = [None if tensor is None else tensor.requires_grad_() for tensor in tensors.values()]
+    leaves[2] = leaves[1] if leaves[2] is None else leaves[2]
+    seed = torch.tensor([11]) if dropout else None
+    options = (case.heads, case.norm, case.eps, dropout, False)
+    arguments = (*leaves, mask, seed, *options, dropout > 0)
+    torch.library.opcheck(torch.ops.eanet.external_attention.default, arguments)
+    out, attention, statistics = torch.ops.eanet.external_attention.default(*arguments)
+    x, key, value, key_bias, _ = (None if leaf is None else leaf.detach() for leaf in leaves)
+    torch.library.opcheck(
+        torch.ops.eanet.external_attention_backward.default,
+        (
+            out.detach(), attention.detach() if dropout else None, x, key, value, key_bias, mask,
+            seed, statistics.detach(), *options,
+        ),
+    )  # fmt: skip
+
+
+@not_a_leaf
+def test_compiles_without_a_break(without_shape_checks):
+    x, memory = torch.randn(2, 9, 8, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+
+    def function(x, memory):
+        out = multi_head_external_attention(x * 2, memory, num_heads=2, backend="triton")
+        return torch.relu(out).square().sum()
+
+    expected = torch.autograd.grad(function(x, memory), (x, memory))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    actual = torch.autograd.grad(compiled(x, memory), (x, memory))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    longer = torch.randn(2, 13, 8, requires_grad=True)
+    torch.testing.assert_close(compiled(longer, memory), function(longer, memory), rtol=0, atol=0)
+
+
+def test_no_map_is_kept_for_the_backward_pass():
+    tokens, slots = 50, 40
+    x, memory = torch.randn(1, tokens, 4, requires_grad=True), torch.randn(slots, 4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        external_attention(x, memory, backend="triton")
+    assert kept
+    assert all(shape.numel() < tokens * slots for shape in kept)
+
+
+def test_second_derivatives_are_refused():
+    x, memory = torch.randn(1, 5, 4, requires_grad=True), torch.randn(3, 4)
+    out = external_attention(x, memory, backend="triton")
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="external_attention_backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("norm", ["double", "softmax"])
+def test_other_functions_of_the_backend(norm):
+    logits = torch.randn(2, 5, 7)
+    name = "double_normalize" if norm == "double" else "slot_softmax"
+    assert torch.equal(getattr(custom_op, name)(logits), getattr(eager, name)(logits))
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(1, 3, 4, dtype=torch.float64)}, "float32, float16 and bfloat16"),
+        ({"memory_key": torch.zeros(257, 4)}, "up to 256 slots, got 257"),
+        ({"attention_dropout": 1.0}, r"attention_dropout must be within \[0, 1\), got 1.0"),
+        ({"residual": True, "memory_value": torch.zeros(6, 5)}, "4 channels, got 5"),
+    ],
+)
+def test_refuses(changes, message):
+    arguments = {"x": torch.zeros(1, 3, 4), "memory_key": torch.zeros(6, 4)} | changes
+    with pytest.raises(ValueError, match=message):
+        custom_op.fused_external_attention(**arguments)
+
+
+# --- values of the authors' code -----------------------------------------------------------------
+
+
+def linear(parameters, name, x):
+    """Apply a linear layer or 1x1 convolution of the original to (batch, tokens, channels)."""
+    weight = parameters[f"{name}.weight"]
+    bias = parameters.get(f"{name}.bias")
+    return torch.nn.functional.linear(x, weight.reshape(weight.shape[:2]), bias)
+
+
+def memories(parameters):
+    """Return memory key, memory value and their biases in our shapes."""
+    key, value = parameters["linear_0.weight"], parameters["linear_1.weight"]
+    return {
+        "memory_key": key.reshape(key.shape[:2]),
+        "memory_value": value.reshape(value.shape[:2]).transpose(0, 1),
+        "memory_key_bias": parameters.get("linear_0.bias"),
+        "memory_value_bias": parameters.get("linear_1.bias"),
+    }
+
+
+def compare(case, out, expected, parameters, x, gradients):
+    """Compare result and gradients; what cancels has no true gradient to compare with."""
+    case.assert_output(out, expected)
+    case.assert_gradient(x.grad, gradients.pop("x"), "x")
+    assert gradients.keys() == {n for n, p in parameters.items() if p.requires_grad}
+    for name, value in gradients.items():
+        if name in ("conv1.bias", "linear_0.bias") and value.abs().max() < 1e-6:
+            assert parameters[name].grad is None or parameters[name].grad.abs().max() < 1e-3
+        else:
+            case.assert_gradient(parameters[name].grad.reshape(value.shape), value, name)
+
+
+@pytest.mark.golden("segmentation.ea_block")
+def test_block_equals_the_original(golden_case):
+    io = {name: tensor.float() for name, tensor in golden_case.tensors("io").items()}
+    parameters = {name: t.float() for name, t in golden_case.tensors("weights").items()
+                  if t.is_floating_point()}  # fmt: skip
+    buffers = {n: parameters.pop(n) for n in list(parameters) if "running" in n}
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    x = io["in.x"].clone().requires_grad_()
+    queries = linear(parameters, "conv1", x.flatten(2).transpose(1, 2))
+    out = external_attention(queries, **memories(parameters), backend="triton")
+    out = linear(parameters, "conv2.0", out).transpose(1, 2).unflatten(2, x.shape[2:])
+    out = torch.nn.functional.batch_norm(
+        out, buffers["conv2.1.running_mean"], buffers["conv2.1.running_var"],
+        parameters["conv2.1.weight"], parameters["conv2.1.bias"],
+    )  # fmt: skip
+    out = torch.relu(out + x)
+    (out * io["in.cotangent"]).sum().backward()
+    compare(
+        golden_case, out, io["eval.out"], parameters, x, golden_case.starting_with("grad_eval.")
+    )
+
+
+def check_multi_head(case, x, cotangent, expected, parameters, gradients):
+    """Compare the multi-head module, whose projections are plain linear layers."""
+    parameters = {name: t.float().requires_grad_() for name, t in parameters.items()}
+    x = x.float().requires_grad_()
+    queries = linear(parameters, "trans_dims", x)
+    num_heads = queries.shape[2] // parameters["linear_0.weight"].shape[1]
+    out = multi_head_external_attention(
+        queries, **memories(parameters), num_heads=num_heads, backend="triton"
+    )
+    out = linear(parameters, "proj", out)
+    (out * cotangent.float()).sum().backward()
+    compare(case, out, expected, parameters, x, gradients)
+
+
+@pytest.mark.golden("segmentation.mh_attention")
+def test_multi_head_equals_the_original(golden_case):
+    io = golden_case.tensors("io")
+    check_multi_head(
+        golden_case, io["in.x"], io["in.cotangent"], io["eval.out"],
+        golden_case.tensors("weights"), golden_case.starting_with("grad_eval."),
+    )  # fmt: skip
+
+
+@pytest.mark.golden("classification.mea")
+def test_mea_equals_the_original(golden_case):
+    tensors = golden_case.tensors()
+    check_multi_head(
+        golden_case, tensors["input.x"], tensors["input.loss_weight"], tensors["output64.y"],
+        golden_case.starting_with("param."), golden_case.starting_with("grad64."),
+    )  # fmt: skip
+
+
+def test_cases_cover_every_option():
+    assert {case.heads for case in CASES} == {1, 4}
+    assert {1, 8, 64, 100, 256} <= {case.slots for case in CASES}
+    assert {case.mask for case in CASES} == {"none", "padded", "sample empty", "all empty"}
+    assert {case.layout for case in CASES} == {"channels last", "tokens last", "sliced"}
+    assert {case.dtype for case in CASES} == {torch.float32, torch.float16, torch.bfloat16}
