@@ -275,6 +275,19 @@ def test_a_wrong_foretelling_costs_a_single_run(clock):
     assert clock.now < 263
 
 
+def test_a_run_that_was_held_up_is_tried_again(clock):
+    class HeldUpOnce(Waits):
+        def forward(self, x):
+            if x.shape[1] == 16 and not hasattr(self, "held_up"):
+                self.held_up = True
+                self.clock.now += 5
+            return super().forward(x)
+
+    chosen = [Contender("linear", "layer", lambda _: HeldUpOnce(clock, 1))]
+    records = measured(chosen, [4, 16], budget=Budget(1.0, 1e9))
+    assert records[1].median_seconds == pytest.approx(0.016)
+
+
 def test_what_cannot_run_is_named(clock):
     class Broken(nn.Module):
         def forward(self, x):

@@ -412,7 +412,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 3 to 15, by duration)")
     parser.add_argument(
-        "--max-seconds", type=float, default=3.0, help="stop what takes longer for a run"
+        "--max-seconds", type=float, default=10.0, help="stop what takes longer for a run"
     )
     parser.add_argument(
         "--max-gib", type=float, help="stop what holds more (default: 60 %% of free memory)"
