@@ -146,6 +146,34 @@ def test_half_types_are_computed_in_float32(half):
         assert (found[name] - expected).abs().max() <= 4 * torch.finfo(half).eps * scale, name
 
 
+def test_autocast_does_not_reach_inside():
+    tensors = operands()
+    plain = results(external_attention_streaming, tensors, torch.float32, chunk_tokens=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(external_attention_streaming, tensors, torch.float32, chunk_tokens=8)
+        (array,) = external_attention_chunks(
+            tensors["x"].numpy(), tensors["memory_key"].float(), tensors["memory_value"].float()
+        )
+    for name, tensor in plain.items():
+        assert torch.equal(found[name], tensor), name
+    assert array.dtype == torch.float32
+
+
+# the compiler itself looks at the gradients of intermediate tensors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_networks_may_stream(without_shape_checks):
+    tensors = operands()
+    arguments = [tensors[name].requires_grad_() for name in NAMES[:3]]
+
+    def attend(*arguments):
+        return external_attention_streaming(*arguments, chunk_tokens=8)
+
+    outs = [attend(*arguments), torch.compile(attend, backend="eager")(*arguments)]
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-14)
+    gradients = [torch.autograd.grad(out.square().sum(), arguments) for out in outs]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
 def test_strided_tokens():
     tensors = operands()
     contiguous = external_attention_streaming(*list(tensors.values())[:3], chunk_tokens=8)

@@ -29,6 +29,7 @@ from eanet.ops.attention.chunks import (
     is_token_major,
     normalize,
     product,
+    without_autocast,
 )
 from eanet.ops.attention.moments import AttentionMoments, FoldedBatchNorm
 
@@ -109,7 +110,8 @@ class _Chunked(torch.autograd.Function):
                 "attention in chunks of tokens has no second derivative (create_graph=True): "
                 "compute it at once"
             )
-        return _Backward(ctx, grad_outputs[0]).gradients()
+        with without_autocast(grad_outputs[0].device):
+            return _Backward(ctx, grad_outputs[0]).gradients()
 
 
 class _Backward:
@@ -152,16 +154,16 @@ class _Backward:
             exchange.sum_(slot_sums)
         grad_x, grad_key, grad_key_bias = self._last_pass(slot_sums)
         found = [grad_key, grad_value, grad_key_bias, grad_bias, grad_scale]
-        cast = [
-            gradient.to(tensor.dtype) if wanted and gradient is not None else None
-            for tensor, gradient, wanted in zip(
-                self._parameters, found, self._parameters_wanted, strict=True
-            )
-        ]
-        if exchange is not None and exchange.sums_memory_gradients:
-            for gradient in cast:
-                if gradient is not None:
-                    exchange.sum_(gradient)
+        cast: list[Tensor | None] = []
+        for tensor, gradient, wanted in zip(
+            self._parameters, found, self._parameters_wanted, strict=True
+        ):
+            if tensor is None or gradient is None or not wanted:
+                cast.append(None)
+                continue
+            if exchange is not None and exchange.sums_memory_gradients:
+                exchange.sum_(gradient)
+            cast.append(gradient.to(tensor.dtype))
         return None, grad_x, *cast, None
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor, Tensor | None]]:
@@ -263,16 +265,17 @@ def chunked_external_attention(
     as checked.
     """
     heads = x.reshape(*x.shape[:2], num_heads, memory_key.shape[1]).permute(0, 2, 3, 1)
-    out, _, _, _ = _Chunked.apply(
-        options,
-        heads,
-        memory_key,
-        memory_value.transpose(0, 1),
-        memory_key_bias,
-        memory_value_bias,
-        None,
-        mask,
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    with without_autocast(x.device):
+        out, _, _, _ = _Chunked.apply(
+            options,
+            heads,
+            memory_key,
+            memory_value.transpose(0, 1),
+            memory_key_bias,
+            memory_value_bias,
+            None,
+            mask,
+        )
     return out.permute(0, 3, 1, 2).flatten(2)
 
 
@@ -333,7 +336,8 @@ def chunked_external_attention_block(
         relu=relu,
     )
     shift, scale = (bias, None) if batch_norm is None else (batch_norm.bias, batch_norm.weight)
-    out, mean, variance, count = _Chunked.apply(
-        options, x.unsqueeze(1), key, value, key_bias, shift, scale, mask
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    with without_autocast(x.device):
+        out, mean, variance, count = _Chunked.apply(
+            options, x.unsqueeze(1), key, value, key_bias, shift, scale, mask
+        )
     return out.squeeze(1), None if batch_norm is None else BatchStatistics(mean, variance, count)

@@ -7,6 +7,7 @@ out, N tokens, n tokens of a chunk.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ __all__ = [
     "is_token_major",
     "normalize",
     "product",
+    "without_autocast",
     "working_dtype",
 ]
 
@@ -84,6 +86,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Return the type of sums over chunks: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products keep the type of their operands."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from eanet.ops.attention.chunks import (
     Memories,
     SlotStatistics,
     normalize,
+    without_autocast,
     working_dtype,
 )
 
@@ -89,8 +90,8 @@ def external_attention_streaming(
             tokens, num_heads * value channels). Needed for a callable.
 
     Returns:
-        ``out`` where given, a new tensor otherwise, on the device and in the type of
-        ``memory_key``.
+        ``out`` where given, a new tensor otherwise: of the type of the tokens for a tensor, on the
+        device and of the type of ``memory_key`` for an array.
 
     Raises:
         ValueError: shapes, types or options do not fit; a callable returned the same iterator
@@ -195,7 +196,7 @@ def _results(
     if statistics is not None and source.is_callable:
         coverage = torch.zeros_like(statistics.total)
     for x, mask in source.read():
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(x.device):
             attention, denominator = normalize(memories.logits(x), statistics, options, mask)
             if coverage is not None and denominator is not None:
                 over_tokens = torch.bmm(attention, denominator.flatten(1).unsqueeze(-1))
@@ -219,7 +220,7 @@ def _gather(source: "_Chunks", memories: Memories) -> SlotStatistics:
     for x, mask in source.read():
         if statistics is None:
             statistics = SlotStatistics(x.shape[0], memories.key.shape[0], memories.key)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(x.device):
             statistics.add(memories.logits(x), mask)
     return statistics or SlotStatistics(0, memories.key.shape[0], memories.key)
 
