@@ -177,9 +177,9 @@ def test_the_layout_of_x_is_kept():
 # --- the operators -------------------------------------------------------------------------------
 
 OPERATOR_CASES = [
-    Case(mask="padded", heads=2),
-    Case(norm="softmax", layout="tokens last"),
-    Case(tied=True, value_channels=12, biases=False, eps=0.0),
+    Case(tokens=9, mask="padded", heads=2, batch=1),
+    Case(tokens=9, norm="softmax", layout="tokens last"),
+    Case(tokens=9, tied=True, value_channels=12, biases=False, eps=0.0),
 ]
 
 

@@ -20,11 +20,10 @@ def test_the_backend_is_listed_among_those_that_need_a_gpu():
     assert not BACKENDS.keys() & GPU_BACKENDS.keys()
 
 
-@pytest.mark.parametrize("blocked", ["triton", "triton.language"])
-def test_importing_needs_no_triton(blocked):
-    program = f"""
+def test_importing_needs_no_triton():
+    program = """
 import sys
-sys.modules[{blocked!r}] = None
+sys.modules["triton"] = None
 import torch
 from eanet.ops.attention import external_attention
 x, memory = torch.zeros(1, 3, 4), torch.ones(2, 4)

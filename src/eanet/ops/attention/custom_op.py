@@ -306,7 +306,7 @@ def fused_external_attention(
             f"got {values.shape[1] * num_heads}"
         )
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if device != "meta" and x.dtype in _DTYPES and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     if attention_dropout == 0:
         seed = None

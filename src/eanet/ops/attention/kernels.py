@@ -233,15 +233,22 @@ def combine_statistics(
     """Join the statistics of the parts; a pair without valid tokens gets zeros."""
     pair = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, BLOCK_S)
-    splits = tl.arange(0, BLOCK_SPLITS)
-    exists = (splits < num_splits)[:, None] & (slots < num_slots)[None, :]
-    position = (pair * num_splits + splits[:, None]) * num_slots + slots[None, :]
-    partial_largest = tl.load(partial + position, mask=exists, other=float("-inf"))
+    slot_exists = slots < num_slots
     partial_sums = partial + num_pairs * num_splits * num_slots
-    partial_total = tl.load(partial_sums + position, mask=exists, other=0.0)
-    largest = tl.max(partial_largest, axis=0)  # [BLOCK_S]
+    largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_S], dtype=tl.float32)
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        splits = first + tl.arange(0, BLOCK_SPLITS)
+        exists = (splits < num_splits)[:, None] & slot_exists[None, :]
+        position = (pair * num_splits + splits[:, None]) * num_slots + slots[None, :]
+        tile_largest = tl.load(partial + position, mask=exists, other=float("-inf"))
+        tile_total = tl.load(partial_sums + position, mask=exists, other=0.0)
+        new_largest = tl.maximum(largest, tl.max(tile_largest, axis=0))
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        tile_total *= tl.exp(tile_largest - reference[None, :])
+        total = total * tl.exp(largest - reference) + tl.sum(tile_total, axis=0)
+        largest = new_largest
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(partial_total * tl.exp(partial_largest - largest[None, :]), axis=0)
     # the largest exponential is 1, so only a pair without valid tokens is changed by this
     total = tl.maximum(total, 1.0)
     tl.store(statistics + pair * num_slots + slots, largest, mask=slots < num_slots)

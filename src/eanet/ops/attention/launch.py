@@ -107,8 +107,7 @@ def choose_tiling(x: Tensor, num_slots: int, num_channels: int, *, backward: boo
 def _split_tokens(num_tokens: int, num_pairs: int, tiling: Tiling) -> tuple[int, int]:
     """Return into how many parts the tokens of each pair are cut, and the tokens of a part."""
     num_blocks = triton.cdiv(num_tokens, tiling.block_tokens)
-    # the parts of a pair are joined by one program, in one tile
-    wanted = min(max(1, tiling.num_programs // num_pairs), num_blocks, 8192 // tiling.block_slots)
+    wanted = min(max(1, tiling.num_programs // num_pairs), num_blocks)
     blocks_per_split = triton.cdiv(num_blocks, wanted)
     num_splits = triton.cdiv(num_blocks, blocks_per_split)
     return num_splits, blocks_per_split * tiling.block_tokens
@@ -146,7 +145,7 @@ def _statistics(
     statistics = x.new_empty((2, num_pairs, num_slots), dtype=torch.float32)
     kernels.combine_statistics[(num_pairs,)](
         partial, statistics, num_pairs, num_slots, num_splits,
-        BLOCK_S=tiling.block_slots, BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        BLOCK_S=tiling.block_slots, BLOCK_SPLITS=_power_of_two(num_splits, 1, 4096 // tiling.block_slots),
     )  # fmt: skip
     return statistics
 
