@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load, save
 
 from eanet import registry
+from eanet.nn.fusion import fuse
 
 CLASSIFIERS = [name for name, entry in registry.models().items() if entry.task == "classification"]
 TINY = [name for name in CLASSIFIERS if name.endswith("_tiny")]
@@ -126,3 +127,34 @@ def test_state_survives_files_and_copies(name):
 def test_unknown_argument_is_answered(name):
     with pytest.raises(ValueError, match="stem_strid"):
         build(name, stem_strid=(2, 2))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_exported_program_takes_other_sizes(name, without_shape_checks):
+    model = build(name).eval()
+    height, width = torch.export.Dim("height", min=8, max=512), torch.export.Dim("width", min=8)
+    program = torch.export.export(
+        model, (images(model),), dynamic_shapes=({2: height, 3: width},)
+    ).module()
+    for size in ((32, 32), (40, 24), (33, 65)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_is_traced_as_one_graph(name, without_shape_checks):
+    model = build(name).eval()
+    traced = torch.compile(model, backend="eager", fullgraph=True)
+    x = images(model)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_folded_copy_gives_the_same(name):
+    model = build(name).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    x = images(model)
+    torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-5, atol=1e-5)

@@ -2,7 +2,9 @@
 
     eanet train classification_digits/eamlp_tiny
 
-No table of the paper; the smallest run that shows everything.
+No table of the paper; the smallest run that shows everything. Measured with seed 0: 98.9 % of the
+359 test images (averaged weights), 64 seconds of processor time on one core of an AMD EPYC server,
+the report included. The nearest neighbor among the training images gets 98.3 %.
 """
 
 from eanet.recipe import DataSpec, ModelSpec, OptimSpec, Recipe, ScheduleSpec, TrainSpec

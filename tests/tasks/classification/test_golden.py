@@ -257,18 +257,6 @@ def full_size_logits(case, entry, dtype):
 
 
 @pytest.mark.golden("classification.full_size_logits")
-@pytest.mark.parametrize("row", [2, 6, 10, 13, 17])
-def test_full_size_logits_in_float32(golden_case, row):
-    entries = golden_case.meta["models"]
-    (name,) = [name for name, entry in entries.items() if entry["table2_row"] == row]
-    expected = golden_case.starting_with(f"{name}.", torch.float64)["logits64"]
-    golden_case.assert_output(
-        full_size_logits(golden_case, entries[name], torch.float32), expected, name
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.golden("classification.full_size_logits")
 def test_all_full_size_logits(golden_case, dtype):
     entries = golden_case.meta["models"]
     assert {entry["table2_row"] for entry in entries.values()} <= set(ROWS)

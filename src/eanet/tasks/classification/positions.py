@@ -115,7 +115,10 @@ class SinusoidPositions(nn.Module):
 
     def _rows(self, grid: tuple[int, int]) -> Float[Tensor, "1 tokens channels"]:
         """Return the table for a grid."""
-        if grid == self.grid:
+        # A size that an exported program leaves open can be compared with none: such programs
+        # always generate, which is the same table wherever the stored one is the sinusoid.
+        is_open = isinstance(grid[0], torch.SymInt) or isinstance(grid[1], torch.SymInt)
+        if not is_open and grid == self.grid:
             return self.table
         if self.other_grids == "resize":
             return resize_table(self.table, self.grid, grid, num_prefix=self.num_prefix)
