@@ -71,6 +71,24 @@ def test_parts_add_up_to_the_whole(monkeypatch, case):
     check(case, CPU)
 
 
+def test_more_parts_than_a_tile_holds():
+    num_pairs, num_splits, num_slots = 2, 5, 3
+    largest = torch.randn(num_pairs, num_splits, num_slots)
+    largest[:, :2, 1] = -torch.inf  # parts without valid tokens come first
+    largest[1, :, 2] = -torch.inf  # and a slot of a pair has none at all
+    total = 1 + torch.rand(num_pairs, num_splits, num_slots)
+    total[largest == -torch.inf] = 0
+    statistics = torch.empty(2, num_pairs, num_slots)
+    kernels.combine_statistics[(num_pairs,)](
+        torch.stack([largest, total]), statistics, num_pairs, num_slots, num_splits,
+        BLOCK_S=16, BLOCK_SPLITS=2,
+    )  # fmt: skip
+    found = statistics[0].double() + statistics[1].double().log()
+    expected = (largest.double() + total.double().log()).logsumexp(1)
+    expected[1, 2] = 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", ["double", "softmax"])
 def test_dropout_drops_the_same_entries_in_both_passes(norm, dtype):

@@ -144,8 +144,8 @@ def _statistics(
     )  # fmt: skip
     statistics = x.new_empty((2, num_pairs, num_slots), dtype=torch.float32)
     kernels.combine_statistics[(num_pairs,)](
-        partial, statistics, num_pairs, num_slots, num_splits,
-        BLOCK_S=tiling.block_slots, BLOCK_SPLITS=_power_of_two(num_splits, 1, 4096 // tiling.block_slots),
+        partial, statistics, num_pairs, num_slots, num_splits, BLOCK_S=tiling.block_slots,
+        BLOCK_SPLITS=_power_of_two(num_splits, 1, 4096 // tiling.block_slots),
     )  # fmt: skip
     return statistics
 
