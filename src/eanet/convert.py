@@ -384,6 +384,7 @@ def export_published(model: nn.Module, path: str | Path, *, naming: Naming | Non
         raise UserError(f"{path}: the name must end in one of {allowed}")
     published = getattr(model, "facts", {}).get("published", {})
     tensors = published_tensors(model, naming or published.get("naming", "performer_file"))
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     if is_safetensors:
@@ -419,4 +420,4 @@ def published_tensors(model: nn.Module, naming: Naming) -> dict[str, Tensor]:
             f"cannot be exported: the authors' code has no name for {unnamed[0]!r} "
             f"(and {len(unnamed) - 1} more)"
         )
-    return {name: tensor.cpu().contiguous() for name, tensor in to_official(state, keys).items()}
+    return {name: tensor.contiguous() for name, tensor in to_official(state, keys).items()}
