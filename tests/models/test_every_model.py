@@ -57,6 +57,13 @@ def test_builds_without_memory(name):
     assert registry.models()[name].summary.endswith(".")
 
 
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_runs_without_memory(name):
+    with torch.device("meta"):
+        model = registry.create_model(name).eval()
+        assert model(images(model, 1)).shape == (1, 1000)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_parameter_count_is_exact(name):
     with torch.device("meta"):

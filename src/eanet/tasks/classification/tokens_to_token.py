@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eanet.nn.external_attention import ExternalAttention
+from eanet.nn.memories import full_precision
 from eanet.nn.self_attention import SelfAttention
 from eanet.nn.transformer import Mlp
 
@@ -126,7 +127,7 @@ class PerformerAttention(nn.Module):
     ) -> Float[Tensor, "batch tokens channels"]:
         """Return value plus attention; masked tokens are no keys."""
         keys, queries, values = self.keys_queries_values(x).chunk(3, dim=-1)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             # exponentials of squared lengths leave the range of half precision
             wide = torch.promote_types(keys.dtype, torch.float32)
             key_features = self._positive_features(keys.to(wide))
