@@ -54,7 +54,7 @@ def test_a_million_tokens_in_constant_memory(tmp_path):
     if report["peak_bytes"] is None:
         pytest.skip("this system does not tell resident memory")
     # the tokens alone are 244 MiB, the attention as much again
-    assert 0 < report["peak_bytes"] < 128 * MEBIBYTE
+    assert 0 < report["peak_bytes"] < 160 * MEBIBYTE
 
 
 def test_files_are_streamed_in_constant_memory(tmp_path):
@@ -71,7 +71,7 @@ def test_files_are_streamed_in_constant_memory(tmp_path):
     if report["peak_bytes"] is None:
         pytest.skip("this system does not tell resident memory")
     # tokens and result are 244 MiB each; of the two maps 64 MiB and a chunk each may be resident
-    assert report["peak_bytes"] < 256 * MEBIBYTE
+    assert report["peak_bytes"] < 320 * MEBIBYTE
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 

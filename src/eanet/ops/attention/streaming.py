@@ -42,8 +42,9 @@ Chunk: TypeAlias = Tensor | Array
 #: all tokens, or a callable that returns a fresh iterator over chunks of them
 Source: TypeAlias = Tensor | Array | Callable[[], Iterable[Chunk]]
 
-#: 64 slots of so many float32 tokens take 4 MiB; larger chunks leave the cache and gain nothing
-DEFAULT_CHUNK_TOKENS = 16_384
+#: 64 slots of so many float32 tokens take 8 MiB. Larger chunks gain nothing; in smaller ones the
+#: threads wait for one another more often, which shows on a machine that is busy otherwise
+DEFAULT_CHUNK_TOKENS = 32_768
 #: mapped pages are handed back to the system after so many bytes of them were touched
 _MAPPED_BYTES = 64 << 20
 
