@@ -11,6 +11,7 @@ The configuration builds the network that the weights fit, so a folder needs not
 Environment variable: with ``EANET_OFFLINE=1`` nothing is downloaded.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -64,7 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
 
     Raises:
         ValueError: the network was not built by name, or was changed since, so that its
-            configuration would build another one.
+            configuration would build another one; or a fact is no JSON value.
         UserError: the folder cannot be written.
     """
     config = getattr(model, "config", None)
@@ -72,6 +73,10 @@ def save_pretrained(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
         raise ValueError("the network has no `config`; build it with eanet.create_model")
     _check_builds_again(model, config)
     facts = {**getattr(model, "facts", {}), **facts}
+    try:
+        json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts must be JSON values: {error}") from error
     folder = Path(folder)
     weights = folder / f".{WEIGHTS_NAME}.partial"
     try:
@@ -91,7 +96,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
         if not card.exists() or _CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
             _write_text(card, _model_card(model, content))
     except (OSError, SafetensorError) as error:
-        weights.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            weights.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: cannot be written: {reason}") from error
     return folder
