@@ -80,7 +80,9 @@ def _load_filter(tensors: Mapping[str, Tensor], model: nn.Module) -> Mapping[str
     if "cls_token" not in tensors:
         return tensors
     assert isinstance(model, T2TViT)
-    return from_published_tensors(model, tensors, source="the file of pretrained weights")
+    return from_published_tensors(
+        model, tensors, source="the file of pretrained weights", any_head=True
+    )
 
 
 def _entry(name: str, registered: str, summary: str) -> Callable[..., nn.Module]:
@@ -135,8 +137,6 @@ def _register_all() -> None:
                 stacklevel=2,
             )
         _registered[registered] = name
-        build = _entry(name, registered, entry.summary)
-        globals()[registered] = build
         default_cfgs.update(
             generate_default_cfgs(
                 {
@@ -151,7 +151,8 @@ def _register_all() -> None:
             )
         )
         if not timm.is_model(registered):
-            register_model(build)
+            register_model(_entry(name, registered, entry.summary))
+        globals()[registered] = timm.models.model_entrypoint(registered)
 
 
 _register_all()

@@ -486,7 +486,7 @@ class T2TViT(nn.Module):
         """Return patterns that sort parameters by depth, for learning rates by layer."""
         del coarse
         return {
-            "stem": r"^(class_token|positions|stem)",
+            "stem": r"^(?:class_token|positions|stem)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
