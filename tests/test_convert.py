@@ -279,6 +279,18 @@ def test_the_payload_would_have_run(tmp_path):
     assert marker.exists()
 
 
+def test_what_the_process_allows_elsewhere_changes_nothing(published, tmp_path):
+    marker = tmp_path / "executed"
+    file = tmp_path / "bad.pth"
+    torch.save({"state_dict": {}, "extra": payloads(marker)["posix.system"]}, file)
+    with torch.serialization.safe_globals([os.system, argparse.Namespace]):
+        with pytest.raises(UserError, match=r"refused, nothing of it was run.*posix\.system"):
+            read_checkpoint(file)
+        read_checkpoint(published[0])
+        assert set(torch.serialization.get_safe_globals()) >= {os.system, argparse.Namespace}
+    assert not marker.exists()
+
+
 def test_only_plain_numbers_of_numpy_are_read(published, tmp_path):
     path, _ = published
     tensors = read_checkpoint(path).tensors

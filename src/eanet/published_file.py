@@ -10,8 +10,10 @@ import argparse
 import math
 import pickle
 import re
+import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +58,9 @@ _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_number, "numpy.core.multiarray.scalar"),
     (_number, "numpy._core.multiarray.scalar"),
 ]
+
+#: what the reader allows is a setting of the whole process
+_reading = threading.Lock()
 
 # The readers answer damaged files with any of these.
 _DAMAGE = (
@@ -125,7 +130,7 @@ def _unpickle(path: Path) -> Any:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 # PyTorch stores without compression; a small file could unpack to any size
                 raise UserError(f"{path}: a compressed archive is not a file PyTorch has written")
-    with torch.serialization.safe_globals(_ALLOWED):
+    with _nothing_else_allowed():
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -136,6 +141,20 @@ def _unpickle(path: Path) -> Any:
                 f"{path}: refused, nothing of it was run: it asks for {named[1]!r}, "
                 "which a file of weights has no need of"
             ) from error
+
+
+@contextmanager
+def _nothing_else_allowed() -> Iterator[None]:
+    """Let the restricted reader know our names alone, whatever this process has allowed it."""
+    with _reading:
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(_ALLOWED)
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
 
 
 def _select(content: Any, path: Path, weights: Weights | None) -> Checkpoint:
