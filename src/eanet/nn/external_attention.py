@@ -169,27 +169,53 @@ class ExternalAttention(MemoryModule):
         check_mask(mask, tuple(x.shape[:2]))
         x = autocast_input(x)
         with full_precision(x):
-            self.refuse_dropout(
-                attention_dropout=self.attention_dropout,
-                projection_dropout=self.projection_dropout,
-            )
-            base, key, key_bias = self._key_side(x)
-            value, bias = self._value_side()
-            if self.training and (self.attention_dropout > 0 or self.projection_dropout > 0):
-                return self._forward_with_dropout(base, key, key_bias, value, bias, mask)
-            out, _ = self.attention_block(
-                base.transpose(1, 2),
-                key,
-                value,
-                key_bias=key_bias,
-                bias=bias,
-                norm=self.normalization,
-                eps=self.eps,
-                mask=mask,
-                residual=self.residual != "none",
-                relu=False,
-            )
-            return out.transpose(1, 2)
+            return self._attend(*self._key_side(x), mask)
+
+    def attend(
+        self,
+        queries: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Go on from ``query(x)``, for callers that compute it themselves.
+
+        Args:
+            queries: what the query layer returns; also what ``residual="query"`` adds.
+            mask: as in :meth:`forward`.
+
+        Raises:
+            ValueError: another residual than the query, or queries or a mask of another shape.
+        """
+        if self.residual != "query":
+            raise ValueError(f"attend() needs residual='query', this module has {self.residual!r}")
+        check_tokens(queries, self.channels, type(self).__name__)
+        check_mask(mask, tuple(queries.shape[:2]))
+        queries = autocast_input(queries)
+        with full_precision(queries):
+            return self._attend(queries, self.memory_key, None, mask)
+
+    def _attend(
+        self, base: Tensor, key: Tensor, key_bias: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Return the result for what is compared with the keys."""
+        self.refuse_dropout(
+            attention_dropout=self.attention_dropout, projection_dropout=self.projection_dropout
+        )
+        value, bias = self._value_side()
+        if self.training and (self.attention_dropout > 0 or self.projection_dropout > 0):
+            return self._forward_with_dropout(base, key, key_bias, value, bias, mask)
+        out, _ = self.attention_block(
+            base.transpose(1, 2),
+            key,
+            value,
+            key_bias=key_bias,
+            bias=bias,
+            norm=self.normalization,
+            eps=self.eps,
+            mask=mask,
+            residual=self.residual != "none",
+            relu=False,
+        )
+        return out.transpose(1, 2)
 
     def _forward_with_dropout(
         self,

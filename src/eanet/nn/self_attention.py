@@ -97,12 +97,15 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (batch, heads, tokens, channels per head)."""
-        batch, tokens, _ = x.shape
         if self.qkv is None:
-            heads = x.view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+            heads = x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
             return heads, heads, heads
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self._split_heads(self.qkv(x))
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of their common projection."""
+        heads = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1)
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
         return queries, keys, values
 
     def _attention(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,7 +129,25 @@ class SelfAttention(nn.Module):
         """
         check_tokens(x, self.in_channels, type(self).__name__)
         check_mask(mask, tuple(x.shape[:2]))
-        queries, keys, values = self._project(x)
+        return self._attend(*self._project(x), mask)
+
+    def attend(
+        self,
+        qkv: Float[Tensor, "batch tokens three_channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Go on from ``qkv(x)``, for callers that compute it themselves.
+
+        Args:
+            qkv: queries, keys and values side by side, (batch, tokens, 3 * channels).
+            mask: as in :meth:`forward`.
+        """
+        check_tokens(qkv, 3 * self.channels, type(self).__name__)
+        check_mask(mask, tuple(qkv.shape[:2]))
+        return self._attend(*self._split_heads(qkv), mask)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the result for queries, keys and values of each head."""
         dropout = self.attention_dropout if self.training else 0.0
         if self.normalization == "softmax" and mask is None:
             heads = F.scaled_dot_product_attention(

@@ -3,11 +3,14 @@
 A soft split cuts the picture into overlapping patches, each a token; a token block mixes and
 narrows them; the tokens are laid out as a picture again and split anew. The block's attention is
 external attention, a Performer, self-attention, or none but the same linear layers.
+
+The patches themselves are not formed: :mod:`eanet.tasks.classification.soft_split` says how.
 """
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,9 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eanet.nn.external_attention import ExternalAttention
+from eanet.nn.fused_attention import FusedExternalAttention
 from eanet.nn.memories import full_precision
 from eanet.nn.self_attention import SelfAttention
 from eanet.nn.transformer import Mlp
+from eanet.tasks.classification.fused_stem import FusedTokenBlock
+from eanet.tasks.classification.soft_split import (
+    SoftSplit,
+    centered_weight,
+    project_centered,
+    project_patches,
+)
 
 __all__ = [
     "PerformerAttention",
@@ -29,56 +40,6 @@ __all__ = [
 ]
 
 Stem = Literal["ea", "performer", "transformer", "mlp"]
-
-
-class SoftSplit(nn.Module):
-    """Cuts a picture into overlapping patches: (B, C, H, W) to (B, N, C k^2), row by row.
-
-    The patch is laid out channel by channel, within a channel row by row. Zeros around the picture
-    are part of the patches at its edge.
-
-    Args:
-        kernel: edge k of a patch in pixels.
-        stride: distance of patches in pixels.
-    """
-
-    def __init__(self, kernel: int, stride: int) -> None:
-        super().__init__()
-        if not 1 <= stride <= kernel:
-            raise ValueError(f"a soft split needs 1 <= stride <= kernel, got {stride}, {kernel}")
-        self.kernel, self.stride = kernel, stride
-        # 2 for the patches of 7 at distance 4, 1 for those of 3 at distance 2
-        self.padding = min((kernel - stride + 1) // 2, (kernel - 1) // 2)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return rows and columns of patches for a picture of some size."""
-        rows, columns = (
-            (length + 2 * self.padding - self.kernel) // self.stride + 1
-            for length in (height, width)
-        )
-        return rows, columns
-
-    def mask_grid(
-        self, mask: Bool[Tensor, "batch height width"]
-    ) -> Bool[Tensor, "batch rows columns"]:
-        """Return which patches belong to the picture, of a mask of its pixels.
-
-        A patch belongs to it where the picture by itself would have that patch: its last pixel
-        may lie as far outside as the padding.
-        """
-        first = self.kernel - 1 - 2 * self.padding
-        return mask[:, first :: self.stride, first :: self.stride]
-
-    def forward(
-        self, picture: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch tokens patch"]:
-        """Return the patches."""
-        patches = F.unfold(picture, self.kernel, padding=self.padding, stride=self.stride)
-        return patches.transpose(1, 2)
-
-    def extra_repr(self) -> str:
-        """Describe the split in a printed network."""
-        return f"kernel={self.kernel}, stride={self.stride}, padding={self.padding}"
 
 
 class PerformerAttention(nn.Module):
@@ -126,8 +87,16 @@ class PerformerAttention(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Return value plus attention; masked tokens are no keys."""
-        keys, queries, values = self.keys_queries_values(x).chunk(3, dim=-1)
-        with full_precision(x):
+        return self.attend(self.keys_queries_values(x), mask)
+
+    def attend(
+        self,
+        projected: Float[Tensor, "batch tokens three_channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Return the result for keys, queries and values side by side."""
+        keys, queries, values = projected.chunk(3, dim=-1)
+        with full_precision(projected):
             # exponentials of squared lengths leave the range of half precision
             wide = torch.promote_types(keys.dtype, torch.float32)
             key_features = self._positive_features(keys.to(wide))
@@ -165,9 +134,22 @@ class TokenMemoryMLP(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Return the transformed tokens; a mask changes nothing, tokens do not meet."""
+        return self.attend(self.query(x), mask)
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Return the result for tokens that were narrowed already."""
         del mask
-        query = self.query(x)
         return query + self.projection(self.memory_value(F.gelu(self.memory_key(query))))
+
+
+class _ProjectedAttention(Protocol):
+    """Attention that can go on from the result of the linear layer it begins with."""
+
+    def attend(self, projected: Tensor, mask: Tensor | None = None, /) -> Tensor: ...
 
 
 class TokenBlock(nn.Module):
@@ -193,12 +175,93 @@ class TokenBlock(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch tokens in_channels"],
+        x: Tensor,
         mask: Bool[Tensor, "batch tokens"] | None = None,
+        split: SoftSplit | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
-        """Return the narrowed tokens."""
-        y = self.attention(self.norm1(x), mask)
+        """Return the narrowed tokens.
+
+        Args:
+            x: tokens (batch, tokens, in_channels), or with ``split`` the picture (batch, channels,
+                height, width) whose patches they are; those are then not formed.
+            mask: True for tokens that take part.
+            split: cuts the picture into patches.
+        """
+        linear = self._first_layer()
+        if split is None or linear is None or _is_watched(self.norm1, self.attention, linear):
+            tokens = x if split is None else split(x)
+            y = self.attention(self.norm1(tokens), mask)
+        else:
+            weight, bias = centered_weight(self.norm1, linear)
+            projected = project_centered(x, split, weight, bias, eps=self.norm1.eps)
+            attention: _ProjectedAttention = self.attention  # pyright: ignore[reportAssignmentType]
+            y = attention.attend(projected, mask)
         return y + self.mlp(self.norm2(y))
+
+    def _first_layer(self) -> nn.Linear | None:
+        """Return the linear layer that the attention begins with, ``None`` for something else."""
+        name = _FIRST_LAYERS.get(type(self.attention))
+        layer = None if name is None else getattr(self.attention, name)
+        # a layer that was replaced may do more than multiply
+        plain = type(layer) is nn.Linear and type(self.norm1) is nn.LayerNorm
+        return layer if plain else None
+
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """Return an inference module with the first norm inside the attention's first layer.
+
+        Attention of a kind that is not known here is kept, and so is this module.
+        """
+        linear = self._first_layer()
+        if linear is None:
+            return self
+        rest, branch_bias = _after_first_layer(self.attention)
+        return FusedTokenBlock(
+            self.norm1, linear, rest, self.norm2, self.mlp, branch_bias=branch_bias
+        )
+
+
+#: the linear layer that each kind of attention begins with
+_FIRST_LAYERS: dict[type[nn.Module], str] = {
+    ExternalAttention: "query",
+    PerformerAttention: "keys_queries_values",
+    SelfAttention: "qkv",
+    TokenMemoryMLP: "query",
+}
+
+
+def _is_watched(*modules: nn.Module) -> bool:
+    """Tell whether a hook waits for what goes through a module, as attention maps need it."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def _after_first_layer(attention: nn.Module) -> tuple[nn.Module, Tensor | None]:
+    """Return attention for inference that takes what its first layer would have returned.
+
+    With it comes a bias that is to be added to that: where the normalization runs over tokens
+    first, what is the same for all of them cancels in the map and only the residual shows it.
+    """
+    if isinstance(attention, ExternalAttention):
+        folded = attention.fused()
+        moves = folded.residual and folded.normalization == "double"
+        rest = FusedExternalAttention(
+            folded.key,
+            folded.value,
+            key_bias=folded.key_bias,
+            bias=None if moves else folded.bias,
+            query=None,
+            norm=folded.normalization,
+            eps=folded.eps,
+            residual=folded.residual,
+        )
+        return rest.eval(), folded.bias if moves else None
+    rest = copy.copy(attention)
+    rest._modules = dict(attention._modules)
+    name = _FIRST_LAYERS[type(attention)]
+    if isinstance(rest, SelfAttention):
+        rest.in_channels = getattr(rest, name).out_features
+    setattr(rest, name, nn.Identity())
+    return rest, None
 
 
 class TokensToToken(nn.Module):
@@ -302,29 +365,34 @@ class TokensToToken(nn.Module):
             mask: True for pixels of the image, False for padding to its right and below.
         """
         self.grid(images.shape[2], images.shape[3])  # refuses an image that is too small
-        picture = images if mask is None else images * mask[:, None]
-        tokens, grid, mask = self._split(0, picture, mask)
-        for number, block in enumerate(self.blocks):
-            tokens = block(tokens, None if mask is None else mask.flatten(1))
+        picture, token_mask = images if mask is None else images * mask[:, None], mask
+        for split, block in zip(self.splits, self.blocks, strict=False):
+            assert isinstance(split, SoftSplit)
+            grid = split.grid(picture.shape[2], picture.shape[3])
+            if token_mask is not None:
+                token_mask = split.mask_grid(token_mask)
+            tokens = block(picture, None if token_mask is None else token_mask.flatten(1), split)
             picture = tokens.transpose(1, 2).unflatten(2, grid)
-            if mask is not None:
+            if token_mask is not None:
                 # the next split must see around the image the zeros it would see without padding
-                picture = picture * mask[:, None]
-            tokens, grid, mask = self._split(number + 1, picture, mask)
-        return self.projection(tokens), grid, None if mask is None else mask.flatten(1)
+                picture = picture * token_mask[:, None]
+        return self._project(picture, token_mask)
 
-    def _split(
+    def _project(
         self,
-        number: int,
         picture: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch height width"] | None,
     ) -> tuple[
-        Float[Tensor, "batch tokens patch"],
+        Float[Tensor, "batch tokens channels"],
         tuple[int, int],
-        Bool[Tensor, "batch rows columns"] | None,
+        Bool[Tensor, "batch tokens"] | None,
     ]:
-        """Return the patches of one soft split, their grid and their mask."""
-        split = self.splits[number]
+        """Return the last patches at the width of the backbone, their grid and their mask."""
+        split = self.splits[-1]
         assert isinstance(split, SoftSplit)
         grid = split.grid(picture.shape[2], picture.shape[3])
-        return split(picture), grid, None if mask is None else split.mask_grid(mask)
+        if type(self.projection) is nn.Linear and not _is_watched(self.projection):
+            tokens = project_patches(picture, split, self.projection)
+        else:
+            tokens = self.projection(split(picture))
+        return tokens, grid, None if mask is None else split.mask_grid(mask).flatten(1)
