@@ -2,12 +2,14 @@
 
 block: the block in the paper's form, product form and fused form;
 cost: Table 12 of the paper, published, counted and measured;
+models: whole networks in the paper's form, ours, folded, beside those of timm;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
 streaming: ten million tokens and more in constant memory.
 
 Examples:
   eanet bench block
   eanet bench cost --no-measure
+  eanet bench models eamlp_7 timm/resnet18
   eanet bench ops --quick
   eanet bench ops --json ops.json --markdown ops.md --plots plots
   eanet bench block --help
@@ -18,6 +20,7 @@ import argparse
 MEASUREMENTS = {
     "block": "eanet.bench.block",
     "cost": "eanet.bench.cost_table",
+    "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
     "streaming": "eanet.bench.streaming",
 }
