@@ -34,7 +34,7 @@ check: $(STAMP)  ## format, lint, types and import rules, as in continuous integ
 	$(BIN)/basedpyright
 
 test: $(STAMP)  ## the everyday tests (under ten minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 test-slow: $(STAMP)  ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -106,6 +106,9 @@ class VisualTask(Task, Protocol):
     smoke_data: ClassVar[str]
     smoke_options: ClassVar[dict[str, Any]]
 
+    #: how the paper's tables call `best_metric`, and the factor to their unit
+    published_metric: ClassVar[tuple[str, float]]
+
     model: nn.Module
     facts: dict[str, Any]
 

@@ -22,7 +22,7 @@ from typing import Any
 from eanet.errors import UserError
 from eanet.recipes.paper_tables import CAPTIONS, ROWS, PaperRow
 
-__all__ = ["CAPTIONS", "ROWS", "PaperRow", "format_table", "rows"]
+__all__ = ["CAPTIONS", "ROWS", "PaperRow", "format_table", "read_result", "rows"]
 
 #: what a file in the results folder must say, and as which type
 _RESULT_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -146,14 +146,18 @@ def _read_results(folder: Path) -> _Results:
         raise UserError(f"{folder}: no such folder of results")
     results: _Results = {}
     for path in sorted(folder.glob("*.json")):
-        result = _read_result(path)
+        result = read_result(path)
         key = (result["recipe"], result["metric"])
         results.setdefault(key, {}).setdefault(result["seed"], []).append(result["value"])
     return results
 
 
-def _read_result(path: Path) -> dict[str, Any]:
-    """Read one result and check its fields."""
+def read_result(path: Path) -> dict[str, Any]:
+    """Read one result and check its fields.
+
+    Raises:
+        UserError: the file is no result; the message names the file and the field.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -54,6 +54,7 @@ class ClassificationTask:
     smoke_model: ClassVar[str] = "eamlp_tiny"
     smoke_data: ClassVar[str] = "digits"
     smoke_options: ClassVar[dict[str, Any]] = {"image_size": 32}
+    published_metric: ClassVar[tuple[str, float]] = ("top-1 accuracy (%)", 100.0)
 
     batches_per_step = 1
     best_metric = "accuracy"

@@ -1,0 +1,121 @@
+"""Measured runs as files: one JSON a run, from which every table of measurements is made."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from eanet import hub, registry
+from eanet.engine.run_folder import write_text
+from eanet.errors import UserError
+from eanet.recipe import Recipe
+from eanet.recipe_file import load_recipe
+from eanet.recipes.paper import read_result
+
+__all__ = ["format_results", "recipe_id", "record_run"]
+
+
+def recipe_id(recipe: Recipe) -> str:
+    """Return the id of the recipe that a run followed, whatever its seed, data folder and workers.
+
+    Raises:
+        UserError: no recipe is like it in every other field.
+    """
+    for name, known in registry.recipes().items():
+        same = replace(
+            known,
+            train=replace(known.train, seed=recipe.train.seed),
+            data=replace(known.data, root=recipe.data.root, num_workers=recipe.data.num_workers),
+        )
+        if _plain(same) == _plain(recipe):
+            return name
+    raise UserError(
+        f"the run's recipe ({recipe.model.name} on {recipe.data.name}) is none of this package: "
+        "a field was overridden; only runs of a recipe as it stands are recorded"
+    )
+
+
+def record_run(folder: str | Path, out: str | Path) -> Path:
+    """Write what a finished run reached as one file of results.
+
+    Args:
+        folder: the run folder.
+        out: the folder of results.
+
+    Returns:
+        The file: ``<recipe>-seed<seed>.json``, slashes of the recipe's id as dashes.
+
+    Raises:
+        UserError: the folder is no finished run, or its recipe was changed by overrides.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder (it has no recipe.yaml)")
+    recipe = load_recipe(folder / "recipe.yaml")
+    metrics = hub.read_json(folder / "metrics.json")
+    environment = hub.read_json(folder / "environment.json")
+    name = recipe_id(recipe)
+    room = registry.task(recipe.task)
+    key = f"ema/{room.best_metric}" if recipe.train.ema_decay else room.best_metric
+    metric, scale = room.published_metric
+    split = "test" if "test" in metrics else "validation"
+    gpus = environment["gpus"]
+    result = {
+        "recipe": name,
+        "metric": metric,
+        "value": metrics[split][key] * scale,
+        "split": split,
+        "weights": "averaged" if recipe.train.ema_decay else "raw",
+        "seed": recipe.train.seed,
+        "commit": environment["commit"] or "unknown",
+        "hardware": ", ".join(gpus)
+        if gpus
+        else f"{environment['processor']}, {environment['threads']} thread(s)",
+        "seconds": metrics["training"]["seconds"],
+        "command": f"eanet train {name} --train.seed {recipe.train.seed}"
+        + (" --data.root FOLDER" if recipe.data.root else ""),
+        "metrics": {part: metrics[part] for part in ("validation", "test") if part in metrics},
+        "baselines": metrics.get("baselines", {}),
+        "libraries": environment["libraries"],
+    }
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name.replace('/', '-')}-seed{recipe.train.seed}.json"
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def format_results(folder: str | Path) -> str:
+    """Return what was measured as a Markdown table: mean and spread over the seeds.
+
+    Raises:
+        UserError: the folder is missing, or a file in it is no result.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of results")
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = read_result(path)
+        groups.setdefault((result["recipe"], result["metric"]), []).append(result)
+    lines = [
+        "| recipe | metric | mean | standard deviation | seeds | seconds a run | hardware |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for (recipe, metric), found in groups.items():
+        values = [result["value"] for result in found]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+        seconds = statistics.mean(result["seconds"] for result in found)
+        hardware = ", ".join(sorted({result["hardware"] for result in found}))
+        lines.append(
+            f"| {recipe} | {metric} | {statistics.mean(values):.2f} | {spread} "
+            f"| {len(values)} | {seconds:.0f} | {hardware} |"
+        )
+    return "\n".join(lines)
+
+
+def _plain(recipe: Recipe) -> Any:
+    """Return a recipe as JSON would give it back, lists and tuples alike."""
+    return json.loads(json.dumps(asdict(recipe)))
