@@ -351,7 +351,8 @@ def test_every_row_of_table_2_has_a_recipe_that_binds():
     rows = {name for name in recipes if name.startswith("classification_imagenet/")}
     assert len(rows) == 23
     for name, recipe in recipes.items():
-        assert recipe.model.name == name.split("/")[1]
+        if name in rows:
+            assert recipe.model.name == name.split("/")[1]
         with torch.device("meta"):
             model = registry.create_model(recipe.model.name, **recipe.model.arguments)
         assert model.input_shape[1] == recipe.options["image_size"]
