@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from eanet.nn.fusion import fuse
     from eanet.nn.insertion import insert_external_attention
     from eanet.nn.self_attention import SelfAttention
+    from eanet.nn.streaming import stream
     from eanet.ops.attention import (
         double_normalize,
         external_attention,
         multi_head_external_attention,
     )
+    from eanet.ops.attention.streaming import external_attention_streaming
     from eanet.prediction import predict
     from eanet.registry import create_model, list_models
     from eanet.run import evaluate, load, train
@@ -41,6 +43,8 @@ _MODULE_OF = {
     "list_models": "eanet.registry",
     "load": "eanet.run",
     "multi_head_external_attention": "eanet.ops.attention",
+    "external_attention_streaming": "eanet.ops.attention.streaming",
+    "stream": "eanet.nn.streaming",
     "predict": "eanet.prediction",
     "train": "eanet.run",
 }
@@ -56,12 +60,14 @@ __all__ = [
     "double_normalize",
     "evaluate",
     "external_attention",
+    "external_attention_streaming",
     "fuse",
     "insert_external_attention",
     "list_models",
     "load",
     "multi_head_external_attention",
     "predict",
+    "stream",
     "train",
 ]
 

@@ -19,6 +19,8 @@ from tests.cli.conftest import SHORT, Answer
 
 Command = Callable[..., Answer]
 SUBCOMMANDS = [
+    "convert",
+    "results",
     "bench",
     "data",
     "demo",

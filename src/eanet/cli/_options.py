@@ -36,10 +36,16 @@ def print_result(result: "RunResult") -> None:
     """Print what a run reached and where its page is; one process of several prints."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
+    names = dict.fromkeys(name for found in result.metrics.values() for name in found)
+    rows = [["", *result.metrics]]
+    for name in names:
+        values = [found.get(name) for found in result.metrics.values()]
+        rows.append([name, *("-" if value is None else f"{value:.4f}" for value in values)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
-    for split, metrics in result.metrics.items():
-        for name, value in metrics.items():
-            print(f"  {split + ' ' + name:<34}{value:.4f}")
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  " + "   ".join([first.ljust(widths[0]), *cells]))
     print(f"\n  run folder  {result.folder}")
     if result.page is not None:
         print(f"  page        {result.page.resolve().as_uri()}")
