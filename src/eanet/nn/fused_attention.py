@@ -1,5 +1,6 @@
 """What the attention modules become for inference: two thin matrices and a bias."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -247,7 +248,11 @@ class FusedMultiHeadExternalAttention(_FusedModule):
                 )
                 return out.transpose(1, 2)
             rows = self._attention(x, mask).to(x.dtype).flatten(1, 2)
-            out = F.linear(rows.transpose(1, 2), self.value.to(x.dtype), cast(self.bias, x.dtype))
+            # sample by sample: a product over the whole batch would copy the transposed rows
+            rows, value = rows.transpose(1, 2), self.value.to(x.dtype).transpose(0, 1)
+            value = value.expand(rows.shape[0], *value.shape)
+            bias = cast(self.bias, x.dtype)
+            out = torch.bmm(rows, value) if bias is None else torch.baddbmm(bias, rows, value)
             return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def attention_map(

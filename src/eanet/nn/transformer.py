@@ -71,7 +71,11 @@ class Mlp(nn.Module):
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch normalization of channels over all tokens of a batch, (batch, tokens, channels)."""
+    """Batch normalization of channels over all tokens of a batch, (batch, tokens, channels).
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces it by a layer that reads the second
+    dimension as channels; :class:`TransformerBlock` knows that layer and calls it rightly.
+    """
 
     def forward(
         self,
@@ -87,15 +91,17 @@ class TokenBatchNorm(nn.BatchNorm1d):
         if mask is None or not uses_batch_statistics(self):
             return super().forward(input.flatten(0, 1)).view_as(input)
         taking_part = mask.unsqueeze(-1)
-        count = mask.sum().to(input.dtype)
+        # half precision neither counts beyond a few hundred tokens nor adds them up
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = mask.sum().to(wide.dtype)
         divisor = count.clamp(min=1.0)
-        mean = input.masked_fill(~taking_part, 0.0).sum((0, 1)) / divisor
-        centered = input - mean
+        mean = wide.masked_fill(~taking_part, 0.0).sum((0, 1)) / divisor
+        centered = wide - mean
         variance = centered.masked_fill(~taking_part, 0.0).square().sum((0, 1)) / divisor
         update_running_statistics(self, BatchStatistics(mean.detach(), variance.detach(), count))
         scale = torch.rsqrt(variance + self.eps)
         out = centered * (scale * self.weight if self.affine else scale)
-        return out + self.bias if self.affine else out
+        return (out + self.bias if self.affine else out).to(input.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -150,11 +156,26 @@ class TransformerBlock(nn.Module):
 
         Args:
             x: tokens.
-            mask: True for tokens that take part; handed to the attention.
+            mask: True for tokens that take part; handed to the attention, and to a batch norm.
+
+        Raises:
+            ValueError: a mask in training after the conversion to ``nn.SyncBatchNorm``.
         """
         normalized = self.norm1(x)
         masks = () if mask is None else (mask,)
         x = x + self.drop_path(self.attention(normalized, *masks))
+        return x + self.drop_path(self.mlp(self._second_norm(x, mask)))
+
+    def _second_norm(
+        self,
+        x: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"] | None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Return the tokens normalized for the perceptron."""
         if isinstance(self.norm2, TokenBatchNorm):
-            return x + self.drop_path(self.mlp(self.norm2(x, *masks)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            return self.norm2(x) if mask is None else self.norm2(x, mask)
+        if isinstance(self.norm2, nn.SyncBatchNorm):
+            if mask is not None and self.norm2.training:
+                raise ValueError("SyncBatchNorm cannot leave masked tokens out; pass mask=None")
+            return self.norm2(x.flatten(0, 1)).view_as(x)
+        return self.norm2(x)

@@ -12,8 +12,8 @@ The variance of a patch is that of each pixel's channels about their own mean, a
 patch, plus the variance of those means: averages over windows of single-channel maps.
 
 A patch's result does not change when one number is subtracted from all of it. The mean of the
-padded picture is taken off first, since rounding errors of the convolution grow with what it sees;
-the zeros around the picture are part of the patches and shifted alike. The variance of the means is
+picture is taken off first, since rounding errors of the convolution grow with what it sees; the
+zeros around the picture are part of the patches and shifted alike. The variance of the means is
 computed in float64: mean of squares minus square of mean loses the variance of an even patch in
 float32, where it competes with eps.
 """
@@ -111,9 +111,9 @@ def project_centered(
     with full_precision(picture):
         # in half precision W' would lose what makes its rows sum to 0
         wide = picture.to(torch.promote_types(picture.dtype, weight.dtype))
-        wide = F.pad(wide, (split.padding,) * 4)
         # neither results nor gradients depend on what is subtracted
-        wide = wide - wide.detach().mean(dim=(1, 2, 3), keepdim=True)
+        mean = wide.detach().mean(dim=(1, 2, 3), keepdim=True)
+        wide = F.pad(wide, (split.padding,) * 4) - mean
         kernel = _convolution_kernel(weight.to(wide.dtype), split)
         out = F.conv2d(wide, kernel, stride=split.stride)
         out = out * _inverse_deviation(wide, split, eps)
