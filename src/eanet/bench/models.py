@@ -252,9 +252,10 @@ def benchmark_models(
         macs: dict[tuple[str, Form], int] = {}
         for name, network in networks.items():
             progress.say(f"{mode}: {name}")
+            shape = (1, *inputs[name].shape[1:])
+            count_cost(network, shape)  # refuses images that the network does not take
             found = _forms(network.train(mode == "training"), forms, mode)
             contenders |= {(name, form): found[form] for form in found}
-            shape = (1, *inputs[name].shape[1:])
             for form, shown in found.items():
                 plain = getattr(shown, "_orig_mod", shown)
                 macs[name, form] = count_cost(plain, shape).macs
@@ -320,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
+    if len(options.size) > 2:
+        raise UserError(f"--size takes one or two numbers, got {len(options.size)}")
     if min(options.size) < 1:
         raise UserError(f"--size must be at least 1, got {min(options.size)}")
     if options.threads is not None:
