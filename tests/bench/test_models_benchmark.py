@@ -91,7 +91,7 @@ def test_report_holds_every_form(tmp_path, capsys):
         (["eamlp_tiny", "--rounds", "0"], "--rounds must be at least 1"),
         (["eamlp_tiny", "--size", "0"], "--size must be at least 1"),
         (["eamlp_tiny", "--size", "1", "2", "3"], "--size takes one or two numbers"),
-        (["eamlp_tiny", "--size", "1"], "does not take an input of shape"),
+        (["eamlp_7", "--size", "1"], "does not take an input of shape"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
