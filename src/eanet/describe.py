@@ -68,14 +68,13 @@ def describe_run(folder: Path) -> str:
     if not result.is_file():
         lines.append("result     none yet; `eanet train --resume` continues it")
         return "\n".join(lines) + "\n"
-    for split, metrics in hub.read_json(result).items():
-        if isinstance(metrics, dict):
-            shown = ", ".join(
-                f"{name} {value:.4f}"
-                for name, value in metrics.items()
-                if isinstance(value, int | float)
-            )
-            lines.append(f"{split:<11}{shown}")
+    results = hub.read_json(result)
+    fitted = results.pop("training", {})
+    if fitted:
+        lines.append(f"training   {fitted['step']:,} steps in {fitted['seconds']:.0f} s")
+    for split, metrics in results.items():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        lines.append(f"{split:<11}{shown}")
     return "\n".join(lines) + "\n"
 
 
