@@ -8,8 +8,6 @@ Run ``python -m eanet.bench.block --help``.
 """
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eanet.bench.measure import Measurement, measure_interleaved
+from eanet.bench.measure import Measurement, device_name, measure_interleaved, write_figures
 from eanet.nn.external_attention import ExternalAttention2d
 from eanet.nn.fusion import fuse
 
@@ -131,8 +129,7 @@ def benchmark_block(
         "num_slots": num_slots,
         "rounds": rounds,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": _device_name(place),
-        "threads": torch.get_num_threads(),
+        "device": device_name(place),
         "torch": torch.__version__,
         "memory": "peak of PyTorch's allocations during one run, beyond input and parameters",
         "results": results,
@@ -172,24 +169,12 @@ def _summary(measured: dict[str, Measurement], difference: dict[str, float]) -> 
     }
 
 
-def _device_name(device: torch.device) -> str:
-    """Return the name of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def format_table(report: dict[str, Any]) -> str:
     """Return the measurements as a table for a terminal."""
     shape = " x ".join(str(size) for size in report["shape"])
     lines = [
         f"external attention block, {shape}, {report['num_slots']} slots, {report['dtype']}, "
-        f"{report['device']}, {report['threads']} threads, median of {report['rounds']} rounds",
+        f"{report['device']}, median of {report['rounds']} rounds",
         "",
         f"{'mode':<10} {'form':<8} {'ms':>9} {'faster':>7} {'best ms':>9} {'faster':>7} "
         f"{'peak MiB':>9} {'max difference':>15}",
@@ -234,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _say(format_table(report), sys.stdout)
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_figures(options.json, report)
     return 0
 
 

@@ -9,7 +9,6 @@ Run ``eanet bench cost --help``.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from eanet.bench.block import PaperBlock
 from eanet.bench.contenders import Contender
 from eanet.bench.cost import count_cost
+from eanet.bench.measure import write_figures
 from eanet.bench.sweep import (
     Budget,
     Progress,
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"peak beyond input and weights\n\n{format_times(records)}\n"
         )
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_figures(options.json, report)
     return 0
 
 

@@ -1,16 +1,20 @@
 """Time and memory of functions, measured so that they can be compared with one another."""
 
 import gc
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-__all__ = ["Measurement", "measure_interleaved", "peak_bytes"]
+from eanet.engine.run_folder import environment, write_text
+
+__all__ = ["Measurement", "device_name", "measure_interleaved", "peak_bytes", "write_figures"]
 
 
 @dataclass
@@ -107,3 +111,28 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device is called, and for a CPU how many threads are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")  # Linux; elsewhere the kind of device must do
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+    threads = torch.get_num_threads()
+    return f"{name or device.type}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write what was measured as JSON, with what it depends on beside the code's own report.
+
+    Args:
+        path: of the file; missing folders are made.
+        figures: JSON values.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({**figures, "environment": environment()}, indent=2) + "\n")

@@ -9,7 +9,6 @@ Networks of timm stand beside them in their one form. Run ``python -m eanet.benc
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from eanet.bench.cost import count_cost
-from eanet.bench.measure import Measurement, measure_interleaved
+from eanet.bench.measure import Measurement, measure_interleaved, write_figures
 from eanet.bench.paper_networks import PaperNetwork, has_paper_form
 from eanet.bench.sweep import Progress, conditions, open_device
 from eanet.errors import UserError
@@ -339,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     sys.stdout.write(report.as_markdown())
     if options.json is not None:
-        options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_figures(options.json, report.as_json())
     return 0
 
 

@@ -9,7 +9,6 @@ Run ``eanet bench ops --help``.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from eanet.bench.limits import (
     limit_of,
     measure_machine_rates,
 )
+from eanet.bench.measure import write_figures
 from eanet.bench.sweep import (
     INFERENCE_ONLY,
     Budget,
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.markdown is not None:
         options.markdown.write_text(text, encoding="utf-8")
     if options.json is not None:
-        options.json.write_text(json.dumps(sweep.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_figures(options.json, sweep.as_json())
     if options.plots is not None:
         limits = {key: limit.seconds for key, limit in sweep.limits.items()}
         draw = import_module("eanet.bench.plots").draw_sweep

@@ -8,7 +8,6 @@ Run ``eanet bench streaming --help``.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eanet.bench.measure import measure_interleaved
-from eanet.bench.sweep import Progress, device_name
+from eanet.bench.measure import device_name, measure_interleaved, write_figures
+from eanet.bench.sweep import Progress
 from eanet.errors import UserError
 from eanet.ops.attention import eager
 from eanet.ops.attention.chunked import chunked_external_attention
@@ -372,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.tick("")
     sys.stdout.write(_format(report) + "\n")
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_figures(options.json, report)
     return 0
 
 

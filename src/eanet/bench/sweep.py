@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TextIO
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eanet.bench.contenders import Contender, Group
-from eanet.bench.measure import measure_interleaved
+from eanet.bench.measure import device_name, measure_interleaved
 from eanet.errors import UserError
 from eanet.registry import import_module
 
@@ -30,7 +29,6 @@ __all__ = [
     "Workload",
     "conditions",
     "default_budget",
-    "device_name",
     "measure_size",
     "near_square",
     "open_device",
@@ -356,17 +354,6 @@ def default_budget(device: torch.device, seconds: float, gibibytes: float | None
     if device.type == "cuda":
         return Budget(seconds, 0.6 * torch.cuda.mem_get_info(device)[0])
     return Budget(seconds, 0.6 * import_module("psutil").virtual_memory().available)
-
-
-def device_name(device: torch.device) -> str:
-    """Return what the device is called, and for a CPU how many threads are used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")  # Linux; elsewhere the kind of device must do
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
-    threads = torch.get_num_threads()
-    return f"{name or device.type}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
