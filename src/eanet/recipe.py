@@ -56,7 +56,7 @@ class DataSpec:
         root: its folder; ``None`` for data that needs no download.
         arguments: further arguments of the data set, as JSON values.
         batch_size: samples per optimizer step over all processes; it is divided among processes
-            and accumulation steps, so a result does not depend on how many there are.
+            and accumulation steps, so a step sees the same samples however many there are.
         num_workers: loader processes per training process; 0 loads in the training process.
         validation_fraction: the share of the training samples set apart when the data set has no
             validation split of its own, so that "best" is never chosen on test samples.

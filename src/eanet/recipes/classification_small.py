@@ -6,7 +6,8 @@
 External attention (``eamlp``), self-attention (``self_attention``) and no attention at all
 (``mlp``), each with the stem of its family, 128 to 132 thousand parameters, the same samples,
 augmentation, schedule and number of steps. No table of the paper; every number is our choice, and
-the same for all three. Measured results: ``eanet results``.
+the same for all three. Not one of these runs has been recorded yet; those that are, ``eanet
+results`` lists.
 """
 
 from typing import Any
