@@ -37,6 +37,8 @@ class ModelSpec:
         arguments: constructor arguments as JSON values, beside those the data decides
             (``num_classes``, ``in_channels``).
         init: a run folder or weights file to start from; a head of another size is re-made.
+            ``backbone:FILE`` fills the backbone alone, ``backbone:timm/NAME`` with timm's weights
+            of that name, which are downloaded.
     """
 
     name: str
