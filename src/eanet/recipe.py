@@ -37,6 +37,8 @@ class ModelSpec:
         arguments: constructor arguments as JSON values, beside those the data decides
             (``num_classes``, ``in_channels``).
         init: a run folder or weights file to start from; a head of another size is re-made.
+            ``backbone:FILE`` fills the backbone alone, ``backbone:timm/NAME`` with timm's weights
+            of that name, which are downloaded.
     """
 
     name: str
@@ -149,6 +151,8 @@ class ScheduleSpec:
         gamma: factor of ``step``.
         cooldown: units of ``interval`` at ``min_lr`` after the curve has ended, counted within
             the length of the run.
+        hold: the rate is held for this many units of ``interval`` and then catches up with the
+            curve; 1 follows it all the time.
     """
 
     name: Literal["constant", "cosine", "poly", "step"] = "cosine"
@@ -160,8 +164,10 @@ class ScheduleSpec:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     cooldown: int = 0
+    hold: int = 1
 
     def __post_init__(self) -> None:
+        _require(self.hold >= 1, "schedule.hold", self.hold, "1 or more")
         for name in ("warmup", "cooldown"):
             value = getattr(self, name)
             _require(value >= 0, f"schedule.{name}", value, "0 or more")

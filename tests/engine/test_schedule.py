@@ -57,6 +57,15 @@ def test_poly_ends_at_zero_after_its_length():
     assert factors(timetable(steps=11), name="poly", cooldown=1)[-1] == 0.0
 
 
+def test_a_held_rate_catches_up_with_the_curve():
+    every_step = factors(timetable(steps=8), name="poly")
+    held = factors(timetable(steps=8), name="poly", hold=3)
+    assert held == [every_step[step - step % 3] for step in range(8)]
+    assert factors(timetable(steps=11), name="poly", hold=10, cooldown=1)[-1] == 0.0
+    with pytest.raises(UserError, match=r"schedule\.hold"):
+        ScheduleSpec(hold=0)
+
+
 def test_steps_decay_at_milestones():
     found = factors(timetable(steps=5), name="step", milestones=(3, 1), gamma=0.1)
     assert found == pytest.approx([1.0, 0.1, 0.1, 0.01, 0.01])

@@ -91,7 +91,7 @@ def learning_rate_factor(spec: ScheduleSpec, timetable: Timetable) -> Callable[[
     - ``constant``: 1
 
     During the warm-up the factor rises linearly from ``warmup_lr`` to 1 instead; the clock t of
-    the curve is not shifted by it.
+    the curve is not shifted by it. With ``hold`` the clock t moves in steps of that many units.
 
     Raises:
         UserError: a field is out of its range.
@@ -107,6 +107,7 @@ def learning_rate_factor(spec: ScheduleSpec, timetable: Timetable) -> Callable[[
 
     def factor(step: int) -> float:
         time = timetable.epoch(step) if by_epoch else step
+        time -= time % spec.hold
         if time < spec.warmup:
             return spec.warmup_lr + time * (1.0 - spec.warmup_lr) / spec.warmup
         match spec.name:
@@ -125,6 +126,8 @@ def learning_rate_factor(spec: ScheduleSpec, timetable: Timetable) -> Callable[[
 
 
 def _check(spec: ScheduleSpec) -> None:
+    if spec.hold < 1:
+        raise UserError(f"schedule.hold must be 1 or more, got {spec.hold}")
     for name in ("warmup", "cooldown"):
         if getattr(spec, name) < 0:
             raise UserError(f"schedule.{name} must be 0 or more, got {getattr(spec, name)}")

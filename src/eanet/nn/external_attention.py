@@ -32,7 +32,7 @@ from eanet.nn.memories import (
 )
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
 from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import BatchNormArguments, attention_rows
+from eanet.ops.attention.block import BatchNormArguments, attention_rows, block_logits
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
 
@@ -487,6 +487,29 @@ class ExternalAttention2d(MemoryModule):
                 mask=None if mask is None else mask.flatten(1),
             )
         return rows.reshape(*rows.shape[:2], *x.shape[2:])
+
+    def saliency_map(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> Float[Tensor, "batch slots height width"]:
+        """Return the softmax over the positions alone (Eq. 10): where each slot looks.
+
+        At least in float32; each map sums to 1. What :meth:`attention_map` returns under "double"
+        is this divided by its sum over the slots.
+        """
+        self._check(x, mask)
+        x = autocast_input(x)
+        with full_precision(x):
+            key, key_bias = self._key_side()
+            logits = block_logits(x.flatten(2), key, key_bias)
+            if mask is not None:
+                valid = mask.flatten(1).unsqueeze(1)
+                logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+                maps = logits.softmax(dim=-1).masked_fill(~valid, 0.0)
+            else:
+                maps = logits.softmax(dim=-1)
+        return maps.reshape(*maps.shape[:2], *x.shape[2:])
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         """Refuse inputs and masks of another shape."""
