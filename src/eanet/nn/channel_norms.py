@@ -47,12 +47,13 @@ class ValidGroupNorm(nn.GroupNorm):
 
     def forward(
         self,
-        x: Float[Tensor, "batch channels height width"],
+        input: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """Normalize; values at masked positions are of no meaning."""
         if mask is None:
-            return super().forward(x)
+            return super().forward(input)
+        x = input
         grouped = x.reshape(x.shape[0], self.num_groups, -1, *x.shape[2:])
         weight = mask[:, None, None].to(x.dtype)
         count = (mask.flatten(1).sum(1).clamp(min=1) * grouped.shape[2]).to(x.dtype)

@@ -68,7 +68,11 @@ def insert_external_attention(
     >>> [name for name in network.state_dict() if "memory" in name]
     ['1.external_attention.memory_key', '1.external_attention.memory_value']
     """
-    modules = dict(_find(model, name) for name in ([after] if isinstance(after, str) else after))
+    names: list[str] = [after] if isinstance(after, str) else list(after)
+    modules: dict[str, nn.Module] = {}
+    for name in names:
+        full_name, module = _find(model, name)
+        modules[full_name] = module
     shapes = dict.fromkeys(modules, (0, channels or 0, 0, 0))
     if example_input is not None:
         shapes = _result_shapes(model, modules, example_input)
