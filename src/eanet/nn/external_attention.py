@@ -438,7 +438,7 @@ class ExternalAttention2d(MemoryModule):
                 residual=self.residual == "input",
                 relu=self.activation == "relu",
             )
-            if batch_norm is not None and statistics is not None:
+            if isinstance(self.norm, nn.BatchNorm2d) and statistics is not None:
                 update_running_statistics(self.norm, statistics)
         return out.reshape(*out.shape[:2], *x.shape[2:])
 

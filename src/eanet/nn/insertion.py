@@ -102,7 +102,7 @@ def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
             known = ", ".join(child for child, _ in model.named_children())
             raise ValueError(f"after: there is no module {name!r}; the network has {known}")
         name = matches[0]
-    if BLOCK_NAME in dict(found[name].named_children()):
+    if any(child == BLOCK_NAME for child, _ in found[name].named_children()):
         raise ValueError(f"after: {name!r} has an external attention block already")
     return name, found[name]
 
