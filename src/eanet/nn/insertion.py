@@ -93,7 +93,8 @@ def insert_external_attention(
 
 def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """Return a submodule with its full name; the error lists names one level below the network."""
-    found: dict[str, nn.Module] = dict(model.named_modules())
+    modules: list[tuple[str, nn.Module]] = [*model.named_modules()]
+    found = dict(modules)
     if name not in found:
         matches = [full for full in found if full.endswith(f".{name}")]
         if len(matches) > 1:
