@@ -175,6 +175,10 @@ def load(
         checkpoint: of a run folder, the one with the best validation or the newest.
         weights: of a run folder, as trained or averaged; ``None`` takes what "best" was chosen by.
 
+    Returns:
+        The network; its attribute ``facts`` holds what the data said of itself, such as
+        ``class_names``.
+
     Raises:
         UserError: the folder is neither, or is damaged.
     """
@@ -183,6 +187,8 @@ def load(
         return hub.from_pretrained(folder)
     opened = open_run(folder)
     load_networks(opened.folder, opened.task.networks, which=checkpoint, weights=weights)
+    facts: Any = opened.task.facts
+    opened.model.facts = facts
     return opened.model.eval()
 
 
