@@ -1,15 +1,17 @@
 """ResNet and feature pyramid, built of torchvision's parts, with norms that suit detection."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from eanet.errors import UserError
 from eanet.nn.insertion import BranchNorm, insert_external_attention
 from eanet.tasks.detection.weights import draw_weights, kaiming_fan_out_
 
@@ -197,6 +199,39 @@ class Backbone(nn.Module):
                 # a stage ends in a ReLU, so another one changes nothing at first
                 activation="relu",
             )
+
+    @torch.no_grad()
+    def load_imagenet_weights(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
+        """Start the ResNet from those of a classifier of torchvision or timm.
+
+        Its classifier is left out; a block of external attention keeps its own weights.
+
+        Args:
+            tensors: the state of the classifier, such as torchvision's ResNet-50 (V1).
+            source: how messages call it.
+
+        Raises:
+            UserError: it is another network.
+        """
+        own = {
+            name: tensor
+            for name, tensor in self.body.state_dict().items()
+            if ".external_attention." not in name
+        }
+        given = {name: x for name, x in tensors.items() if not name.startswith("fc.")}
+        # files from before PyTorch 0.4 do not count batches
+        given = {name: x for name, x in own.items() if name.endswith("_tracked")} | given
+        for name, tensor in own.items():
+            if name not in given or given[name].shape != tensor.shape:
+                what = f"{tuple(given[name].shape)}" if name in given else "nothing"
+                raise UserError(
+                    f"{source}: not the weights of this ResNet: {name!r} should be "
+                    f"{tuple(tensor.shape)}, the file has {what}"
+                )
+        unknown = sorted(given.keys() - own.keys())
+        if unknown:
+            raise UserError(f"{source}: not the weights of this ResNet: it has {unknown[0]!r}")
+        self.body.load_state_dict(given, strict=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps, finest first.
