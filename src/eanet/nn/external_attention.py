@@ -33,7 +33,8 @@ from eanet.nn.memories import (
 )
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
 from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import BatchNormArguments, attention_rows, block_logits
+from eanet.ops.attention.attention_rows import attention_rows, block_logits
+from eanet.ops.attention.block import BatchNormArguments
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
 
