@@ -23,7 +23,7 @@ _EANET_TINY = Recipe(
     options={"crop_size": [64, 64], "reduction": "valid_pixels"},
     optim=OptimSpec(name="adamw", lr=3e-3, weight_decay=0.02, clip_norm=5.0),
     schedule=ScheduleSpec(name="cosine", warmup=30, min_lr=0.01),
-    train=TrainSpec(steps=900, ema_decay=0.99, evaluate_every=300),
+    train=TrainSpec(steps=1000, channels_last=True, ema_decay=0.99, evaluate_every=250),
 )
 
 RECIPES = {

@@ -38,7 +38,15 @@ class _Scenes:
         if not 0 <= index < self.num_samples:
             raise IndexError(index)
         if index not in self._drawn:
-            scene = draw_scene(_SEEDS[self.split], index, height=self.size, width=self.size)
+            scene = draw_scene(
+                _SEEDS[self.split],
+                index,
+                height=self.size,
+                width=self.size,
+                num_shapes=(1, 3),
+                radius=(0.17, 0.3),
+                max_overlap=0.15,
+            )
             labels = np.zeros(scene.image.shape[:2], dtype=np.uint8)
             for instance in scene.instances:
                 labels[instance.mask] = 1 + SHAPES.index(instance.kind)
@@ -65,7 +73,7 @@ def _with_border(labels: np.ndarray, instances: tuple) -> np.ndarray:
 
 @register_dataset("drawn_scenes")
 class DrawnScenes:
-    """Scenes of one to four textured shapes on a textured ground, 64 x 64, drawn on the fly.
+    """Scenes of one to three textured shapes on a textured ground, 64 x 64, drawn on the fly.
 
     Seven classes: the ground and six outlines (disk, square, triangle, ring, cross, star); size,
     turn, color and texture say nothing about the class. Outlines are ignored, as in PASCAL VOC.

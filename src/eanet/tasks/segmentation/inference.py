@@ -180,7 +180,8 @@ def _one_pass(
     else:
         logits = network(stacked)
     results = [
-        own[:, :rows, :columns].float() for own, (rows, columns) in zip(logits, shapes, strict=True)
+        _at_least_float(own[:, :rows, :columns])
+        for own, (rows, columns) in zip(logits, shapes, strict=True)
     ]
     return [own.flip(-1) if mirrored else own for own in results]
 
@@ -204,12 +205,17 @@ def _slide(network: _Network, images: Tensor, protocol: Protocol) -> Tensor:
         for left in lefts:
             rows = slice(top, min(top + protocol.window[0], size[0]))
             columns = slice(left, min(left + protocol.window[1], size[1]))
-            logits = network(images[:, :, rows, columns]).float()
+            logits = _at_least_float(network(images[:, :, rows, columns]))
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], *size)
             total[:, :, rows, columns] += logits
             count[:, :, rows, columns] += 1
     return total / count
+
+
+def _at_least_float(logits: Tensor) -> Tensor:
+    """Return logits of half precision as float32, others as they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:
