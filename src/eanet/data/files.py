@@ -32,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from eanet.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "decode_image", "decode_image_bytes", "read_idx"]
+__all__ = ["IMAGE_SUFFIXES", "decode_image", "decode_image_bytes", "decode_indices", "read_idx"]
 
 #: what a folder of images is searched for
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -95,6 +95,53 @@ def decode_image_bytes(data: bytes, *, name: str, mode: ImageMode | None = None)
         UserError: as :func:`decode_image`.
     """
     return _decode(io.BytesIO(data), name=name, mode=mode)
+
+
+def decode_indices(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode an image whose values are numbers, such as classes, and not brightness or colors.
+
+    Palette images give their indices and not the palette's colors, grey ones their values; nothing
+    is scaled, and EXIF orientation is not applied.
+
+    Args:
+        path: the file.
+
+    Returns:
+        (height, width), uint8, or uint16 for files of 16 bits.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds colors. The message names the file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream, Image.open(stream, formats=("BMP", "PNG", "TIFF")) as image:
+            _refuse_unsuitable(image, str(path))
+            image.load()
+            if image.mode in ("P", "L"):
+                return np.array(image)
+            if image.mode.startswith("I"):
+                values = np.array(image)
+                if values.min() >= 0 and values.max() < 2**16:
+                    return values.astype(np.uint16)
+                raise UserError(f"index image {str(path)!r} holds values outside 0..65535")
+            if image.mode == "1":
+                return np.array(image).astype(np.uint8)
+            raise UserError(
+                f"{str(path)!r} holds colors (mode {image.mode}) where an index image is needed: "
+                "one channel whose values are classes; give a map from colors to classes, or "
+                "convert it"
+            )
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"index image {str(path)!r} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"index image {str(path)!r} is not a readable PNG, BMP or TIFF file; formats that lose "
+            "values, such as JPEG, cannot hold classes"
+        ) from error
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
+        raise UserError(f"index image {str(path)!r} is damaged: {error}") from error
 
 
 def _decode(stream: BinaryIO, *, name: str, mode: ImageMode | None) -> Image.Image:
