@@ -34,6 +34,7 @@ from eanet.engine.state import load_networks
 from eanet.engine.task import VisualTask
 from eanet.engine.trainer import Trainer
 from eanet.errors import UserError, unknown_name
+from eanet.published_file import read_checkpoint
 from eanet.recipe import Recipe
 from eanet.recipe_file import dump_recipe, load_recipe, override
 from eanet.report.curves import read_records, training_curves
@@ -181,6 +182,10 @@ def load(
         checkpoint: of a run folder, the one with the best validation or the newest.
         weights: of a run folder, as trained or averaged; ``None`` takes what "best" was chosen by.
 
+    Returns:
+        The network; its attribute ``facts`` holds what the data said of itself, such as
+        ``class_names``.
+
     Raises:
         UserError: the folder is neither, or is damaged.
     """
@@ -189,6 +194,8 @@ def load(
         return hub.from_pretrained(folder)
     opened = open_run(folder)
     load_networks(opened.folder, opened.task.networks, which=checkpoint, weights=weights)
+    facts: Any = opened.task.facts
+    opened.model.facts = facts
     return opened.model.eval()
 
 
@@ -272,6 +279,9 @@ def _start_from(task: VisualTask, source: str) -> None:
     Raises:
         UserError: the source is neither a run, a saved folder nor a safetensors file.
     """
+    if source.startswith("backbone:"):
+        _start_backbone_from(task.model, source.removeprefix("backbone:"))
+        return
     path = Path(source)
     if path.is_dir() and (path / RECIPE_NAME).is_file():
         tensors = load(path).state_dict()
@@ -281,6 +291,35 @@ def _start_from(task: VisualTask, source: str) -> None:
         hub.load_weights(task.model, path, allow_new_head=True)
         return
     hub.copy_weights(task.model, tensors, source=source, allow_new_head=True)
+
+
+def _start_backbone_from(model: nn.Module, source: str) -> None:
+    """Fill ``model.backbone`` with weights of a classifier.
+
+    Raises:
+        UserError: the network has no such backbone, or the weights are of another one.
+    """
+    backbone = getattr(model, "backbone", None)
+    fill = getattr(backbone, "load_imagenet_weights", None)
+    if fill is None:
+        raise UserError(
+            f"model.init: {type(model).__name__} has no backbone that takes weights by itself"
+        )
+    name = source.removeprefix("timm/")
+    if name == source:
+        fill(read_checkpoint(source).tensors, source=source)
+        return
+    import timm  # seconds to import
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"model.init: timm has no model {name!r}")
+    try:
+        classifier = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever its download raises
+        raise UserError(
+            f"model.init: the weights of timm's {name} cannot be had: {error}"
+        ) from error
+    fill(classifier.state_dict(), source=f"timm's {name}")
 
 
 def _evaluate_splits(

@@ -145,7 +145,11 @@ class VisualTask(Task, Protocol):
         ...
 
     def predict_batch(self, batch: Any) -> list[dict[str, Any]]:
-        """Return one record of JSON values for each sample of the batch."""
+        """Return one record for each sample of the batch.
+
+        Values are JSON; those under names that begin with an underscore may be anything: they are
+        for :meth:`save_prediction` and are not written into the tables.
+        """
         ...
 
     def save_prediction(self, sample: Any, record: Mapping[str, Any], stem: Path) -> list[Path]:

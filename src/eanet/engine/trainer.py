@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from eanet.data.loading import BatchPlan, MicroBatch, TrainingBatches, derive_seed, seed_generators
-from eanet.data.splits import Splits
+from eanet.data.splits import Splits, batch_groups
 from eanet.engine.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -86,7 +86,9 @@ class Trainer:
         self._quiet, self._tensorboard = quiet, tensorboard
         _check(recipe, task)
         spec = recipe.train
-        self.plan = BatchPlan(len(splits.train), recipe.data.batch_size, spec.seed)
+        self.plan = BatchPlan(
+            len(splits.train), recipe.data.batch_size, spec.seed, batch_groups(splits.train)
+        )
         self.timetable = Timetable.of(
             spec,
             batches_per_epoch=self.plan.batches_per_epoch,

@@ -4,7 +4,7 @@ Mathematics, numerics and speed: ``ops/attention/README.md`` and ``docs/explanat
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from eanet.nn.batch_statistics import (
     update_running_statistics,
     uses_batch_statistics,
 )
+from eanet.nn.channel_norms import ChannelAffine, ValidGroupNorm
 from eanet.nn.dead_parameters import attach_zero_gradient
 from eanet.nn.fused_attention import FusedExternalAttention, FusedExternalAttention2d
 from eanet.nn.initialization import initialize_fan_out_
@@ -32,7 +33,7 @@ from eanet.nn.memories import (
 )
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
 from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import BatchNormArguments, attention_rows
+from eanet.ops.attention.block import BatchNormArguments, attention_rows, block_logits
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
 
@@ -361,7 +362,8 @@ class ExternalAttention2d(MemoryModule):
         self.projection = (
             nn.Conv2d(width, channels, 1, bias=projection_bias) if projection else None
         )
-        self.norm = nn.BatchNorm2d(channels) if batch_norm else None
+        # may be replaced, by a synchronized batch norm or one of eanet.nn.channel_norms
+        self.norm: Any = nn.BatchNorm2d(channels) if batch_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -411,10 +413,12 @@ class ExternalAttention2d(MemoryModule):
         with full_precision(x):
             key, key_bias = self._key_side()
             value, bias = self._value_side()
-            if self.norm is not None and type(self.norm) is not nn.BatchNorm2d:
+            if self.norm is not None and type(self.norm) not in (nn.BatchNorm2d, ChannelAffine):
                 return self._forward_other_norm(x, key, value, key_bias, mask)
             batch_norm = None
-            if self.norm is not None and uses_batch_statistics(self.norm):
+            if isinstance(self.norm, ChannelAffine):
+                value, bias = self.norm.fold(value)
+            elif self.norm is not None and uses_batch_statistics(self.norm):
                 if mask is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
                     raise ValueError(f"batch norm needs more than one position to train on, "
                                      f"got input of shape {tuple(x.shape)}")  # fmt: skip
@@ -434,7 +438,7 @@ class ExternalAttention2d(MemoryModule):
                 residual=self.residual == "input",
                 relu=self.activation == "relu",
             )
-            if self.norm is not None and statistics is not None:
+            if isinstance(self.norm, nn.BatchNorm2d) and statistics is not None:
                 update_running_statistics(self.norm, statistics)
         return out.reshape(*out.shape[:2], *x.shape[2:])
 
@@ -461,7 +465,9 @@ class ExternalAttention2d(MemoryModule):
             residual=False,
             relu=False,
         )
-        out = self.norm(branch.reshape(x.shape))
+        branch = branch.reshape(x.shape)
+        knows_masks = isinstance(self.norm, ValidGroupNorm)
+        out = self.norm(branch, mask) if knows_masks else self.norm(branch)
         if mask is not None:
             out = out.masked_fill(~mask.unsqueeze(1), 0.0)
         if self.residual == "input":
@@ -488,6 +494,29 @@ class ExternalAttention2d(MemoryModule):
             )
         return rows.reshape(*rows.shape[:2], *x.shape[2:])
 
+    def saliency_map(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> Float[Tensor, "batch slots height width"]:
+        """Return the softmax over the positions alone (Eq. 10): where each slot looks.
+
+        At least in float32; each map sums to 1. What :meth:`attention_map` returns under "double"
+        is this divided by its sum over the slots.
+        """
+        self._check(x, mask)
+        x = autocast_input(x)
+        with full_precision(x):
+            key, key_bias = self._key_side()
+            logits = block_logits(x.flatten(2), key, key_bias)
+            if mask is not None:
+                valid = mask.flatten(1).unsqueeze(1)
+                logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+                maps = logits.softmax(dim=-1).masked_fill(~valid, 0.0)
+            else:
+                maps = logits.softmax(dim=-1)
+        return maps.reshape(*maps.shape[:2], *x.shape[2:])
+
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         """Refuse inputs and masks of another shape."""
         if x.ndim != 4 or x.shape[1] != self.channels:
@@ -506,7 +535,9 @@ class ExternalAttention2d(MemoryModule):
         """
         key, key_bias = self._key_side()
         value, bias = self._value_side()
-        if self.norm is not None:
+        if isinstance(self.norm, ChannelAffine):
+            value, bias = self.norm.fold(value)
+        elif self.norm is not None:
             if type(self.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
                 return self
             if self.norm.running_mean is None:
