@@ -132,7 +132,8 @@ def train_judge(
         )
     place = folder.parent / f"judge-{re.sub(r'[/:]', '-', wanted)}"
     stored = place / "recipe.yaml"
-    same = stored.is_file() and stored.read_text(encoding="utf-8") == dump_recipe(own)
+    # through the file's form, which knows no tuples and fills in fields that are new
+    same = stored.is_file() and dump_recipe(load_recipe(stored)) == dump_recipe(own)
     finished = same and (place / "metrics.json").is_file()
     if not finished:
         train(own, place, resume=True, device=device)
