@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eanet.tasks.generation.critics import ConvCritic, ResNetCritic
 from eanet.tasks.generation.generators import Attention, ConvGenerator, ResNetGenerator
 
-__all__ = ["AdversarialPair", "NormStatistics", "sampling_statistics"]
+__all__ = ["AdversarialPair", "NormStatistics", "count_statistics", "sampling_statistics"]
 
 #: which statistics the generator's batch norms use when images are drawn: the running ones, those
 #: of the batch at hand, or running ones counted anew over many batches
@@ -152,33 +152,86 @@ class AdversarialPair(nn.Module):
         Raises:
             ValueError: labels of another number, or outside the classes.
         """
-        device = next(self.generator.parameters()).device
         classes = torch.arange(num) % (self.num_classes or 1)
         if labels is not None:
             classes = torch.as_tensor(labels, dtype=torch.int64).cpu()
-        if len(classes) != num:
-            raise ValueError(f"{len(classes)} labels for {num} images")
-        if self.num_classes is not None and bool(
-            ((classes < 0) | (classes >= self.num_classes)).any()
-        ):
+        latents = torch.randn(num, self.latent_size, generator=torch.Generator().manual_seed(seed))
+        return self.draw(latents, classes, batch_size=batch_size, norm_statistics=norm_statistics)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int = 64,
+        norm_statistics: NormStatistics = "running",
+    ) -> Tensor:
+        """Return the images of latent vectors; arguments and result as in :meth:`generate`."""
+        num, classes = len(latents), self.num_classes
+        if len(labels) != num:
+            raise ValueError(f"{len(labels)} labels for {num} images")
+        if classes is not None and bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(
-                f"labels must be within 0..{self.num_classes - 1}, "
-                f"got {int(classes.min())}..{int(classes.max())}"
+                f"labels must be within 0..{classes - 1}, "
+                f"got {int(labels.min())}..{int(labels.max())}"
             )
-        generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn(num, self.latent_size, generator=generator)
-        images = []
-        with sampling_statistics(self.generator, norm_statistics, self.num_classes, seed=seed):
+        device = next(self.generator.parameters()).device
+        counted = None
+        if norm_statistics == "standing":
+            counted = count_statistics(
+                self.generator,
+                latent_size=self.latent_size,
+                num_classes=self.num_classes,
+                device=device,
+            )
+        images = [torch.empty(0, self.in_channels, self.image_size, self.image_size)]
+        with sampling_statistics(self.generator, norm_statistics, counted=counted):
             for start in range(0, num, batch_size):
                 part = slice(start, start + batch_size)
-                drawn = self.generator(latents[part].to(device), classes[part].to(device))
+                drawn = self.generator(latents[part].to(device), labels[part].to(device))
                 images.append(drawn.float().cpu())
-        return torch.cat(images) if images else torch.empty(0, self.in_channels, 0, 0)
+        return torch.cat(images)
+
+
+def count_statistics(
+    generator: nn.Module,
+    *,
+    latent_size: int,
+    num_classes: int | None,
+    device: torch.device,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Return statistics of a generator's batch norms, counted anew over many batches.
+
+    Args:
+        generator: is left as it was.
+        latent_size: of its latent vectors.
+        num_classes: of a conditional generator, drawn evenly.
+        device: it is on.
+        seed: of what is drawn.
+
+    Returns:
+        The buffers of all batch norms in their order, for :func:`sampling_statistics`.
+    """
+    source = torch.Generator().manual_seed(seed)
+    norms = _batch_norms(generator)
+    with _restored(generator), torch.no_grad():
+        generator.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # the plain mean over all batches
+        for _ in range(_STANDING_BATCHES):
+            latents = torch.randn(64, latent_size, generator=source)
+            labels = torch.randint(num_classes or 1, (64,), generator=source)
+            generator(latents.to(device), labels.to(device))
+        return [buffer.clone() for norm in norms for buffer in norm.buffers()]
 
 
 @contextmanager
 def sampling_statistics(
-    generator: nn.Module, statistics: NormStatistics, num_classes: int | None, *, seed: int = 0
+    generator: nn.Module, statistics: NormStatistics, *, counted: Sequence[Tensor] | None = None
 ) -> Generator[None]:
     """Put a generator into the mode in which images are drawn; restore everything afterwards.
 
@@ -187,54 +240,49 @@ def sampling_statistics(
     Args:
         generator: in evaluation mode inside the context, but for its batch norms.
         statistics: see :data:`NormStatistics`.
-        num_classes: of a conditional generator; "standing" draws them evenly.
-        seed: of the images that "standing" counts over.
+        counted: what :func:`count_statistics` returned, for "standing".
 
     Raises:
-        ValueError: unknown statistics.
+        ValueError: unknown statistics, or "standing" without those counted.
     """
     if statistics not in ("running", "batch", "standing"):
         raise ValueError(
             f"norm_statistics must be 'running', 'batch' or 'standing', got {statistics!r}"
         )
-    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
-    modes = [(module, module.training) for module in generator.modules()]
-    settings = [(norm, norm.momentum, norm.track_running_stats) for norm in norms]
-    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    generator.eval()
-    try:
-        if statistics == "standing":
-            _count_statistics(generator, norms, num_classes, seed=seed)
+    if statistics == "standing" and counted is None:
+        raise ValueError("norm_statistics 'standing' needs the statistics counted before")
+    with _restored(generator):
+        generator.eval()
+        norms = _batch_norms(generator)
+        if statistics == "standing" and counted is not None:
+            buffers = [buffer for norm in norms for buffer in norm.buffers()]
+            with torch.no_grad():
+                for buffer, value in zip(buffers, counted, strict=True):
+                    buffer.copy_(value)
         elif statistics == "batch":
             for norm in norms:
-                # in training mode without an update: momentum 0 leaves the running ones alone
                 norm.train()
-                norm.momentum = 0.0
+        yield
+
+
+def _batch_norms(generator: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@contextmanager
+def _restored(generator: nn.Module) -> Generator[None]:
+    """Give every module its mode and every batch norm its statistics back."""
+    norms = _batch_norms(generator)
+    modes = [(module, module.training) for module in generator.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
         yield
     finally:
-        for norm, momentum, tracks in settings:
-            norm.momentum, norm.track_running_stats = momentum, tracks
         for module, mode in modes:
             module.training = mode
+        for norm, momentum in momenta:
+            norm.momentum = momentum
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
-
-
-@torch.no_grad()
-def _count_statistics(
-    generator: Any, norms: Sequence[nn.BatchNorm2d], num_classes: int | None, *, seed: int
-) -> None:
-    """Replace running statistics by means over fresh batches."""
-    device = next(generator.parameters()).device
-    source = torch.Generator().manual_seed(seed)
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # the plain mean over all batches
-    for _ in range(_STANDING_BATCHES):
-        latents = torch.randn(64, generator.latent_size, generator=source)
-        labels = torch.randint(num_classes or 1, (64,), generator=source)
-        generator(latents.to(device), labels.to(device))
-    for norm in norms:
-        norm.eval()

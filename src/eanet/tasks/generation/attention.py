@@ -55,13 +55,27 @@ class GatedSelfAttention2d(nn.Module):
         batch, _, height, width = x.shape
         if height % 2 or width % 2:
             raise ValueError(f"self-attention needs an even height and width, got {tuple(x.shape)}")
-        query = self.query(x).flatten(2)
-        key = F.max_pool2d(self.key(x), 2).flatten(2)
+        attention = _looks(self.query(x), self.key(x))
         value = F.max_pool2d(self.value(x), 2).flatten(2)
-        attention = torch.bmm(query.transpose(1, 2), key).softmax(dim=-1)
         mixed = torch.bmm(value, attention.transpose(1, 2).to(value.dtype))
         branch = self.projection(mixed.reshape(batch, -1, height, width))
         return x + self.gamma * branch
+
+    def attention_map(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch positions pooled_positions"]:
+        """Return where each position looks, a softmax over the pooled ones."""
+        query, key = (
+            F.conv2d(x, _apply(layer.spectral_norm, layer.weight))
+            for layer in (self.query, self.key)
+        )
+        return _looks(query, key)
+
+
+def _looks(query: Tensor, key: Tensor) -> Tensor:
+    """Return the softmax over pooled keys (batch, positions, pooled positions)."""
+    pooled = F.max_pool2d(key, 2).flatten(2)
+    return torch.bmm(query.flatten(2).transpose(1, 2), pooled).softmax(dim=-1)
 
 
 class GatedExternalAttention2d(ExternalAttention2d):
