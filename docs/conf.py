@@ -49,6 +49,11 @@ def _write_display(translator: Any, node: Any) -> None:
     raise SkipNode
 
 
+def _generate(app: Any) -> None:
+    runpy.run_path(str(Path(__file__).with_name("generate.py")))["generate"]()
+
+
 def setup(app: Any) -> None:
-    """Name the way in which formulas are written."""
+    """Name the way in which formulas are written; make the generated pages before all are read."""
+    app.connect("builder-inited", _generate)
     app.add_html_math_renderer("mathml", (_write_inline, None), (_write_display, None))

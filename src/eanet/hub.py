@@ -8,7 +8,8 @@ A folder holds::
 
 The configuration builds the network that the weights fit, so a folder needs nothing beside it.
 
-Environment variable: with ``EANET_OFFLINE=1`` nothing is downloaded.
+Environment variables: with ``EANET_OFFLINE=1`` nothing is downloaded; ``EANET_INCEPTION`` names the
+file of the Inception weights that FID and Inception Score are defined by.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ __all__ = [
     "copy_weights",
     "download",
     "from_pretrained",
+    "inception_file",
     "load_weights",
     "read_json",
     "save_pretrained",
@@ -46,6 +48,7 @@ __all__ = [
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+INCEPTION_VARIABLE = "EANET_INCEPTION"
 
 #: in a card that may be replaced
 _CARD_MARK = "<!-- written by eanet; without this line the file is never replaced -->"
@@ -298,6 +301,12 @@ def copy_weights(
         {name: tensor for name, tensor in tensors.items() if name not in fresh}, strict=not fresh
     )
     return fresh
+
+
+def inception_file() -> Path | None:
+    """Return the file of FID's Inception weights that the environment names, if it names one."""
+    named = os.environ.get(INCEPTION_VARIABLE, "")
+    return Path(named).expanduser() if named else None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

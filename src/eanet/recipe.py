@@ -142,8 +142,9 @@ class ScheduleSpec:
         name: ``constant``, ``cosine`` (to ``min_lr``), ``poly`` ((1 - t)^power) or ``step``
             (times ``gamma`` at each milestone).
         interval: whether the rate changes at every step or at the start of every epoch.
-        warmup: length of the linear warm-up, in units of ``interval``; it is not added to the
-            clock of the curve, which runs from 0.
+        warmup: length of the linear warm-up, in units of ``warmup_interval``; it is not added to
+            the clock of the curve, which runs from 0.
+        warmup_interval: as ``interval``, for the warm-up; ``None`` for the same.
         warmup_lr: learning rate at the start of the warm-up, as a share of the base rate.
         min_lr: lowest learning rate of ``cosine`` and ``poly``, as a share of the base rate.
         power: exponent of ``poly``.
@@ -158,6 +159,7 @@ class ScheduleSpec:
     name: Literal["constant", "cosine", "poly", "step"] = "cosine"
     interval: Literal["step", "epoch"] = "step"
     warmup: int = 0
+    warmup_interval: Literal["step", "epoch"] | None = None
     warmup_lr: float = 0.0
     min_lr: float = 0.0
     power: float = 0.9

@@ -46,6 +46,7 @@ _EXTRA_OF = {
     **dict.fromkeys(
         ["torchvision", "timm", "torchmetrics", "sklearn", "PIL", "matplotlib"], "train"
     ),
+    **dict.fromkeys(["faster_coco_eval", "scipy"], "train"),
     **dict.fromkeys(["jsonargparse", "yaml", "rich", "tensorboard", "psutil"], "train"),
     **dict.fromkeys(["onnx", "onnxscript", "onnxruntime"], "export"),
     "gradio": "app",

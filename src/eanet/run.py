@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from eanet import hub, registry
+from eanet import hub, judges, registry
 from eanet._version import __version__
 from eanet.data.loading import derive_seed, seed_generators
 from eanet.data.splits import Splits
@@ -143,12 +143,16 @@ def _model_arguments(recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]
     return {**registry.task(recipe.task).model_arguments(facts), **recipe.model.arguments}
 
 
-def open_run(folder: str | Path, *, overrides: Sequence[str] = ()) -> OpenRun:
+def open_run(
+    folder: str | Path, *, overrides: Sequence[str] = (), needs_judge: bool = False
+) -> OpenRun:
     """Read a run folder back and build its task, without loading weights.
 
     Args:
         folder: the run folder.
         overrides: options that replace fields of the stored recipe, such as ``--data.root``.
+        needs_judge: whether the network is loaded that a task compares images by, where the task
+            has one; see :mod:`eanet.judges`.
 
     Raises:
         UserError: the folder is no run, or one of its files is damaged.
@@ -159,7 +163,10 @@ def open_run(folder: str | Path, *, overrides: Sequence[str] = ()) -> OpenRun:
     recipe = override(load_recipe(folder / "recipe.yaml"), overrides)
     facts = hub.read_json(folder / "facts.json")
     arguments = hub.read_json(folder / "model.json").get("arguments", {})
-    return OpenRun(RunFolder(folder), recipe, build_task(recipe, facts, arguments))
+    task = build_task(recipe, facts, arguments)
+    if needs_judge:
+        judges.hand_over(task, judges.find_judge(recipe, folder), load=load)
+    return OpenRun(RunFolder(folder), recipe, task)
 
 
 def load(
@@ -175,6 +182,10 @@ def load(
         checkpoint: of a run folder, the one with the best validation or the newest.
         weights: of a run folder, as trained or averaged; ``None`` takes what "best" was chosen by.
 
+    Returns:
+        The network; its attribute ``facts`` holds what the data said of itself, such as
+        ``class_names``.
+
     Raises:
         UserError: the folder is neither, or is damaged.
     """
@@ -183,6 +194,8 @@ def load(
         return hub.from_pretrained(folder)
     opened = open_run(folder)
     load_networks(opened.folder, opened.task.networks, which=checkpoint, weights=weights)
+    facts: Any = opened.task.facts
+    opened.model.facts = facts
     return opened.model.eval()
 
 
@@ -209,6 +222,7 @@ def train(
         folder = folder or default_folder(recipe)
         recipe = registry.recipe(recipe)
     run_folder = RunFolder(folder or default_folder(f"{recipe.task}-{recipe.model.name}"))
+    judge = judges.train_judge(recipe, run_folder.path, train=train, device=device)
     with join_processes(device) as processes, ExitStack() as stack:
         if processes.is_main:
             _refuse_a_used_folder(run_folder.path, resume=resume)
@@ -219,15 +233,20 @@ def train(
         task = build_task(recipe, splits.facts, arguments)
         if recipe.model.init is not None:
             _start_from(task, recipe.model.init)
+        judges.hand_over(task, judge, load=load)
         opened = OpenRun(run_folder, recipe, task)
         # a recipe that does not fit the checkpoints is refused by fit() and must leave no trace
         starts = not run_folder.checkpoints.exists()
         if processes.is_main and starts:
             _write_description(opened, arguments)
+            judges.keep_judge(judge, run_folder.path, load=load)
         fitted = Trainer(task, recipe, run_folder, splits=splits, processes=processes).fit()
         if processes.is_main and not starts:
             _write_description(opened, arguments)
+        last = _evaluate_last(opened, splits, processes)
         metrics = _evaluate_splits(opened, splits, processes, names=("validation", "test"))
+        for name, found in last.items():
+            metrics[name] |= found
         if not processes.is_main:
             return RunResult(run_folder.path, metrics)
         if splits.test is not None:
@@ -335,6 +354,29 @@ def _evaluate_splits(
     return results
 
 
+def _evaluate_last(
+    opened: OpenRun, splits: Splits, processes: Processes
+) -> dict[str, dict[str, float]]:
+    """Return under ``last/...`` the metrics of the last step that a task wants beside the best's.
+
+    A task names them in its attribute ``last_metrics``; few have one. They are for results that
+    are usually the best of many looks, where the last is what a run can be relied on for.
+    """
+    wanted: Sequence[str] = getattr(opened.task, "last_metrics", ())
+    if not wanted:
+        return {}
+    names = ("validation", "test")
+    found = _evaluate_splits(opened, splits, processes, names=names, checkpoint="last")
+    return {
+        name: {
+            f"last/{key}": value
+            for key, value in metrics.items()
+            if key.removeprefix("ema/") in wanted
+        }
+        for name, metrics in found.items()
+    }
+
+
 def evaluate(
     folder: str | Path,
     *,
@@ -358,7 +400,7 @@ def evaluate(
     Raises:
         UserError: the folder is no run, or its data has no such split.
     """
-    opened = open_run(folder, overrides=overrides)
+    opened = open_run(folder, overrides=overrides, needs_judge=True)
     splits = opened.load_splits()
     if split not in splits.named():
         raise unknown_name(f"split of data set {opened.recipe.data.name!r}:", split, splits.named())
@@ -375,7 +417,9 @@ def dry_run(recipe: Recipe, *, device: str = "auto") -> str:
     """
     with join_processes(device) as processes:
         splits = load_splits(recipe)
+        recipe = judges.without_training(recipe, Path())
         task = build_task(recipe, splits.facts, _model_arguments(recipe, splits.facts))
+        judges.hand_over(task, judges.find_judge(recipe, Path()), load=load)
         with TemporaryDirectory() as folder:
             short = replace(recipe.train, epochs=None, steps=1, compile=False)
             trainer = Trainer(

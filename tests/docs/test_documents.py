@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,17 @@ def test_commands_in_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"^eanet ([a-z-]+)", text, re.MULTILINE):
         assert name in _summaries(), name
+
+
+def test_generated_pages_name_everything() -> None:
+    from eanet import cli, registry
+    from eanet.recipes.paper import CAPTIONS
+
+    pages = runpy.run_path(str(ROOT / "docs/generate.py"))["PAGES"]
+    assert all(f"## eanet {name}" in pages["command-line"]() for name in cli._summaries())
+    assert all(f"`{name}`" in pages["models"]() for name in registry.models())
+    assert all(f"`{name}`" in pages["recipes"]() for name in registry.recipes())
+    assert all(caption in pages["paper-tables"]() for caption in CAPTIONS.values())
+    assert all(
+        path.name in pages["measured"]() for path in (ROOT / "results/benchmarks").glob("*.json")
+    )

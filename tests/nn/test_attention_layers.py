@@ -17,8 +17,9 @@ from eanet.nn.external_attention import (
 from eanet.nn.fusion import fuse
 from eanet.nn.self_attention import SelfAttention
 from eanet.ops.attention import double_normalize, reference, slot_softmax
-from eanet.ops.attention.block import BatchNormArguments, _composed, _Operands, _Options
+from eanet.ops.attention.block import BatchNormArguments
 from eanet.ops.attention.block import external_attention_block as block_function
+from eanet.ops.attention.block_function import BlockOperands, BlockOptions, composed_block
 
 TOKENS = {
     "plain": lambda **k: ExternalAttention(12, 5, **k),
@@ -434,8 +435,8 @@ def test_mutants_of_the_multi_head_layer_are_noticed(mutant):
 def test_double_norm_differs_from_softmax_and_composed_form_agrees():
     x = torch.randn(2, 4, 9, dtype=torch.float64)
     key, value = torch.randn(5, 4).double(), torch.randn(4, 5).double()
-    options = _Options("double", 1e-9, None, True, True)
-    composed, _, _ = _composed(_Operands(x, key, value, None, None, None, None), options)
+    options = BlockOptions("double", 1e-9, None, True, True)
+    composed, _, _ = composed_block(BlockOperands(x, key, value, None, None, None, None), options)
     torch.testing.assert_close(block_function(x, key, value)[0], composed, rtol=0, atol=1e-13)
     logits = torch.randn(2, 9, 5)
     assert (double_normalize(logits) - slot_softmax(logits)).abs().max() > 0.05

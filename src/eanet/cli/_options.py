@@ -4,10 +4,12 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from eanet.errors import UserError
+
 if TYPE_CHECKING:
     from eanet.run import RunResult
 
-__all__ = ["add_device", "add_threads", "print_result", "use_threads"]
+__all__ = ["add_device", "add_threads", "print_result", "read_size", "use_threads"]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,22 @@ def use_threads(arguments: argparse.Namespace) -> None:
         import torch
 
         torch.set_num_threads(max(arguments.threads, 1))
+
+
+def read_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
+    """Return height and width that a user wrote as 384 or 384x256.
+
+    Raises:
+        UserError: it is neither; the message names the option.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"{option}: expected H or HxW in pixels, such as 224 or 480x640, got {text!r}"
+        )
+    return int(parts[0]), int(parts[-1])
 
 
 def print_result(result: "RunResult") -> None:

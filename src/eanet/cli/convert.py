@@ -12,6 +12,7 @@ Examples:
 import argparse
 from pathlib import Path
 
+from eanet.cli import _options as options
 from eanet.errors import UserError
 
 
@@ -48,19 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _image_size(text: str | None) -> int | tuple[int, int] | None:
-    """Return the size a user wrote as 384 or 384x256."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--image-size: expected H or HxW in pixels, got {text!r}")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
 def execute(arguments: argparse.Namespace) -> None:
     """Convert."""
-    image_size = _image_size(arguments.image_size)
+    image_size = options.read_size(arguments.image_size, "--image-size")
     _refuse_unused(arguments)
     from eanet import convert, hub
 

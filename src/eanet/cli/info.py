@@ -9,7 +9,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from eanet.errors import UserError
+from eanet.cli import _options as options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, default=2, help="levels of parts to list (default: 2)")
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(
-            f"--size: expected H or HxW in pixels, such as 224 or 480x640, got {text!r}"
-        )
-    return int(parts[0]), int(parts[-1])
-
-
 def execute(arguments: argparse.Namespace) -> None:
     """Print what there is to say."""
-    size = _size(arguments.size)
+    size = options.read_size(arguments.size)
     from eanet.describe import describe_model, describe_run
 
     if Path(arguments.what).is_dir():

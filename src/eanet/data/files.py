@@ -53,16 +53,20 @@ _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 ImageMode = Literal["L", "RGB"]
 
 
-def decode_image(path: str | os.PathLike[str], *, mode: ImageMode | None = None) -> Image.Image:
+def decode_image(
+    path: str | os.PathLike[str], *, mode: ImageMode | None = None, upright: bool = True
+) -> Image.Image:
     """Decode an image file; see the table at the top of this module.
 
     Args:
         path: the file.
         mode: ``"L"`` or ``"RGB"`` converts (grey by the luma of ITU-R 601); ``None`` keeps grey
             files grey and gives RGB for all others.
+        upright: whether the EXIF orientation is applied; without it the image comes as stored,
+            for annotations that were made so.
 
     Returns:
-        A loaded image of mode ``L`` or ``RGB``, 8 bits per channel, upright.
+        A loaded image of mode ``L`` or ``RGB``, 8 bits per channel.
 
     Raises:
         UserError: the file is missing, empty, no image, damaged, too large, or of a kind whose
@@ -74,7 +78,7 @@ def decode_image(path: str | os.PathLike[str], *, mode: ImageMode | None = None)
             state = "is not a regular file" if path.exists() else "does not exist"
             raise UserError(f"image {str(path)!r} {state}")
         with path.open("rb") as stream:
-            return _decode(stream, name=str(path), mode=mode)
+            return _decode(stream, name=str(path), mode=mode, upright=upright)
     except UserError:
         raise
     except OSError as error:  # permissions, loops of links, names that are too long
@@ -144,7 +148,9 @@ def decode_indices(path: str | os.PathLike[str]) -> np.ndarray:
         raise UserError(f"index image {str(path)!r} is damaged: {error}") from error
 
 
-def _decode(stream: BinaryIO, *, name: str, mode: ImageMode | None) -> Image.Image:
+def _decode(
+    stream: BinaryIO, *, name: str, mode: ImageMode | None, upright: bool = True
+) -> Image.Image:
     """Decode an open file."""
     if mode not in (None, "L", "RGB"):
         raise ValueError(f"mode must be 'L', 'RGB' or None, got {mode!r}")
@@ -158,7 +164,7 @@ def _decode(stream: BinaryIO, *, name: str, mode: ImageMode | None) -> Image.Ima
         with Image.open(stream, formats=_FORMATS) as image:
             _refuse_unsuitable(image, name)
             image.load()
-            return _to_eight_bits(_upright(image), name, mode)
+            return _to_eight_bits(_upright(image) if upright else image, name, mode)
     except UserError:
         raise
     except UnidentifiedImageError as error:

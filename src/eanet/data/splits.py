@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Dataset", "Splits", "Subset", "carve_validation"]
+__all__ = ["Dataset", "Splits", "Subset", "batch_groups", "carve_validation"]
 
 
 class Dataset(Protocol):
@@ -57,6 +57,19 @@ class Subset:
     def __getitem__(self, index: int) -> Any:
         """Return the sample at a position of this subset."""
         return self.dataset[self.indices[index]]
+
+
+def batch_groups(dataset: Dataset) -> Sequence[int] | None:
+    """Return which samples should share their batches, where a data set says so.
+
+    A data set that has an attribute ``batch_groups``, one number for each sample, is read in
+    batches of samples of one number as far as that goes: wide images by themselves, high ones by
+    themselves, so that little is padded.
+    """
+    if isinstance(dataset, Subset):
+        groups = batch_groups(dataset.dataset)
+        return None if groups is None else [groups[index] for index in dataset.indices]
+    return getattr(dataset, "batch_groups", None)
 
 
 def carve_validation(

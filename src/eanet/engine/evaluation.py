@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,7 +15,14 @@ from eanet.data.splits import Dataset
 from eanet.engine.distributed import Processes, broadcast_state, gathered
 from eanet.engine.task import Task
 
-__all__ = ["TrainableTask", "autocast", "evaluate", "evaluate_unless", "evaluating"]
+__all__ = [
+    "TrainableTask",
+    "autocast",
+    "evaluate",
+    "evaluate_unless",
+    "evaluating",
+    "show_progress",
+]
 
 
 class TrainableTask(Task, Protocol):
@@ -138,3 +146,37 @@ def evaluate_unless(
     if processes.any(stop()):
         return None
     return {name: float(value) for name, value in metrics.compute().items()}
+
+
+@torch.no_grad()
+def show_progress(
+    task: TrainableTask,
+    folder: Path,
+    *,
+    step: int,
+    metrics: Mapping[str, float],
+    processes: Processes,
+) -> list[str]:
+    """Let a task that offers ``show_progress`` draw what its networks do after a validation.
+
+    A task may offer ``show_progress(folder, step, metrics) -> Sequence[str]``: it writes pictures
+    into the folder and returns lines to print. It is called by the main process, the networks in
+    evaluation mode; what it draws from torch's generators does not change the training.
+
+    Args:
+        task: whose networks hold what was validated.
+        folder: of the run.
+        step: that were done.
+        metrics: of the validation.
+        processes: of the run; all of them must call this.
+
+    Returns:
+        The lines, on the main process.
+    """
+    show = getattr(task, "show_progress", None)
+    if show is None:
+        return []
+    device = processes.device
+    seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with evaluating(task.networks), gathered(task.networks), seeded:
+        return list(show(folder, step, metrics)) if processes.is_main else []

@@ -4,7 +4,7 @@ Mathematics, numerics and speed: ``ops/attention/README.md`` and ``docs/explanat
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from eanet.nn.batch_statistics import (
     update_running_statistics,
     uses_batch_statistics,
 )
+from eanet.nn.channel_norms import ChannelAffine, ValidGroupNorm
 from eanet.nn.dead_parameters import attach_zero_gradient
 from eanet.nn.fused_attention import FusedExternalAttention, FusedExternalAttention2d
 from eanet.nn.initialization import initialize_fan_out_
@@ -32,7 +33,8 @@ from eanet.nn.memories import (
 )
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
 from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import BatchNormArguments, attention_rows, block_logits
+from eanet.ops.attention.attention_rows import attention_rows, block_logits
+from eanet.ops.attention.block import BatchNormArguments
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
 
@@ -361,7 +363,8 @@ class ExternalAttention2d(MemoryModule):
         self.projection = (
             nn.Conv2d(width, channels, 1, bias=projection_bias) if projection else None
         )
-        self.norm = nn.BatchNorm2d(channels) if batch_norm else None
+        # may be replaced, by a synchronized batch norm or one of eanet.nn.channel_norms
+        self.norm: Any = nn.BatchNorm2d(channels) if batch_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -411,10 +414,12 @@ class ExternalAttention2d(MemoryModule):
         with full_precision(x):
             key, key_bias = self._key_side()
             value, bias = self._value_side()
-            if self.norm is not None and type(self.norm) is not nn.BatchNorm2d:
+            if self.norm is not None and type(self.norm) not in (nn.BatchNorm2d, ChannelAffine):
                 return self._forward_other_norm(x, key, value, key_bias, mask)
             batch_norm = None
-            if self.norm is not None and uses_batch_statistics(self.norm):
+            if isinstance(self.norm, ChannelAffine):
+                value, bias = self.norm.fold(value)
+            elif self.norm is not None and uses_batch_statistics(self.norm):
                 if mask is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
                     raise ValueError(f"batch norm needs more than one position to train on, "
                                      f"got input of shape {tuple(x.shape)}")  # fmt: skip
@@ -434,7 +439,7 @@ class ExternalAttention2d(MemoryModule):
                 residual=self.residual == "input",
                 relu=self.activation == "relu",
             )
-            if self.norm is not None and statistics is not None:
+            if isinstance(self.norm, nn.BatchNorm2d) and statistics is not None:
                 update_running_statistics(self.norm, statistics)
         return out.reshape(*out.shape[:2], *x.shape[2:])
 
@@ -461,7 +466,9 @@ class ExternalAttention2d(MemoryModule):
             residual=False,
             relu=False,
         )
-        out = self.norm(branch.reshape(x.shape))
+        branch = branch.reshape(x.shape)
+        knows_masks = isinstance(self.norm, ValidGroupNorm)
+        out = self.norm(branch, mask) if knows_masks else self.norm(branch)
         if mask is not None:
             out = out.masked_fill(~mask.unsqueeze(1), 0.0)
         if self.residual == "input":
@@ -529,7 +536,9 @@ class ExternalAttention2d(MemoryModule):
         """
         key, key_bias = self._key_side()
         value, bias = self._value_side()
-        if self.norm is not None:
+        if isinstance(self.norm, ChannelAffine):
+            value, bias = self.norm.fold(value)
+        elif self.norm is not None:
             if type(self.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
                 return self
             if self.norm.running_mean is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from eanet.nn.memories import autocast_input, cast, check_tokens, full_precision
 from eanet.nn.streaming import StreamedModule
 from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import (
+from eanet.ops.attention.attention_rows import (
     attention_of_logits,
     attention_rows,
     block_logits,

@@ -16,7 +16,7 @@ from eanet.nn.memories import (
     full_precision,
 )
 from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import attention_rows
+from eanet.ops.attention.attention_rows import attention_rows
 
 __all__ = ["MultiHeadExternalAttention"]
 

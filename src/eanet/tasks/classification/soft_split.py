@@ -145,7 +145,8 @@ def _inverse_deviation(padded: Tensor, split: SoftSplit, eps: float) -> Tensor:
     means = padded.mean(dim=1, keepdim=True)
     within = (padded - means).square().mean(dim=1, keepdim=True)
     within = F.avg_pool2d(within, split.kernel, split.stride)
-    if padded.device.type == "mps":  # which has no float64
+    # MPS has no float64, the runtimes that read ONNX no averages of it
+    if padded.device.type == "mps" or torch.compiler.is_exporting():
         windows = F.unfold(means, split.kernel, stride=split.stride)
         between = (windows - windows.mean(dim=1, keepdim=True)).square().mean(dim=1)
         between = between.view_as(within)

@@ -246,7 +246,7 @@ class T2TViT(TimmInterface):
             )
         tokens, grid, token_mask = self.stem(images, mask)
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
             if token_mask is not None:
                 token_mask = F.pad(token_mask, (1, 0), value=True)
         return self.dropout(self.positions(tokens, grid, token_mask)), grid, token_mask

@@ -28,7 +28,7 @@ __all__ = [
     "training_transform",
 ]
 
-Augmentation = Literal["none", "light", "crop_flip", "imagenet"]
+Augmentation = Literal["none", "light", "flip", "nudge_flip", "crop_flip", "imagenet"]
 
 _ImageTransform = Callable[[Image.Image], Image.Image]
 
@@ -95,20 +95,21 @@ class SmallAffine:
 
 
 class PadCropFlip:
-    """Crops after padding with an eighth of the edge, and mirrors every other image.
+    """Crops after padding, and mirrors every other image.
 
     Args:
         size: edge of the image in pixels.
+        margin: width of the padding on each side; 0 only mirrors.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.margin = size // 8
+    def __init__(self, size: int, margin: int) -> None:
+        self.size, self.margin = size, margin
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return a random crop; what enters at the edge is black."""
-        left, top = torch.randint(-self.margin, self.margin + 1, (2,)).tolist()
-        image = image.crop((left, top, left + self.size, top + self.size))
+        if self.margin:
+            left, top = torch.randint(-self.margin, self.margin + 1, (2,)).tolist()
+            image = image.crop((left, top, left + self.size, top + self.size))
         if torch.rand(()) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
@@ -177,8 +178,10 @@ def training_transform(augmentation: Augmentation, *, size: int) -> SampleTransf
     """Return the transform of training samples.
 
     Args:
-        augmentation: ``"none"``, ``"light"`` (small turns and shifts), ``"crop_flip"`` (as usual
-            for CIFAR-10) or ``"imagenet"`` (random resized crop, flip, RandAugment).
+        augmentation: ``"none"``, ``"light"`` (small turns and shifts), ``"flip"`` (mirrored or
+            not), ``"nudge_flip"`` (and shifted by up to a sixteenth of the edge), ``"crop_flip"``
+            (by up to an eighth, as usual for CIFAR-10) or ``"imagenet"`` (random resized crop,
+            flip, RandAugment).
         size: edge of the square that comes out, in pixels.
 
     Raises:
@@ -188,7 +191,9 @@ def training_transform(augmentation: Augmentation, *, size: int) -> SampleTransf
     steps: dict[str, Callable[[], list[_ImageTransform]]] = {
         "none": lambda: [whole],
         "light": lambda: [whole, SmallAffine()],
-        "crop_flip": lambda: [whole, PadCropFlip(size)],
+        "flip": lambda: [whole, PadCropFlip(size, 0)],
+        "nudge_flip": lambda: [whole, PadCropFlip(size, max(size // 16, 1))],
+        "crop_flip": lambda: [whole, PadCropFlip(size, size // 8)],
         "imagenet": lambda: [ImageNetAugmentation(size)],
     }
     if augmentation not in steps:

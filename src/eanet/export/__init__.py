@@ -1,0 +1,1 @@
+"""Networks for other runtimes: ``torch.export`` programs and ONNX files, compared with eager."""
