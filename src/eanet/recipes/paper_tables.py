@@ -127,7 +127,7 @@ _SOFTMAX_ALONE = (
 
 
 def _table_1() -> list[PaperRow]:
-    # method, backbone, normalization, memory units, output stride, mIoU, key of the recipe
+    # method, backbone, normalization, number of memory units, output stride, mIoU, recipe
     lines: list[tuple[str, str, str, str, int, Cell, str]] = [
         ("FCN", "ResNet-50", "-", "-", 16, 75.7, "fcn_resnet50"),
         ("FCN + SA", "ResNet-50", "Softmax", "-", 16, (76.2, _SELF_ATTENTION), "fcn_sa_resnet50"),
