@@ -6,9 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eanet import registry
 from eanet.errors import UserError
 
-__all__ = ["from_official", "implied_arguments", "is_official", "load_official", "to_official"]
+__all__ = [
+    "build_official",
+    "from_official",
+    "implied_arguments",
+    "is_official",
+    "load_official",
+    "to_official",
+]
 
 #: beginnings of names: theirs, ours
 _PREFIXES = {
@@ -53,13 +61,20 @@ def implied_arguments(tensors: Mapping[str, Tensor], *, source: str) -> dict[str
     """
     given = _bare(tensors)
     blocks = {name.split(".")[2] for name in given if name.startswith("extractor.6.")}
-    for name in (_MARK, "fc0.conv.weight", "fc1.0.conv.weight", "fc2.weight"):
+    for name in (
+        _MARK,
+        "extractor.0.0.weight",
+        "fc0.conv.weight",
+        "fc1.0.conv.weight",
+        "fc2.weight",
+    ):
         if name not in given:
             raise UserError(f"{source}: not an EANet: it has no {name!r}")
     if len(blocks) not in _DEPTH_OF_BLOCKS:
         raise UserError(f"{source}: not an EANet: its third stage has {len(blocks)} blocks")
     return {
         "backbone": _DEPTH_OF_BLOCKS[len(blocks)],
+        "in_channels": given["extractor.0.0.weight"].shape[1],
         "num_classes": given["fc2.weight"].shape[0],
         "num_slots": given[_MARK].shape[0],
         "channels": given["fc0.conv.weight"].shape[0],
@@ -137,3 +152,23 @@ def load_official(model: nn.Module, tensors: Mapping[str, Tensor], *, source: st
                 f"the network has {tuple(own[name].shape)}"
             )
     model.load_state_dict(state)
+
+
+def build_official(tensors: Mapping[str, Tensor], *, source: str, output_stride: int) -> nn.Module:
+    """Build the network that tensors under the authors' names are of, and fill it.
+
+    Args:
+        tensors: by the authors' names.
+        source: what error messages call them.
+        output_stride: 8, 16 or 32; no tensor tells it.
+
+    Raises:
+        UserError: they are of another network, or one is missing, unknown or of another shape.
+    """
+    arguments = implied_arguments(tensors, source=source)
+    arguments["output_stride"] = output_stride
+    model: nn.Module = registry.create_model("eanet_resnet50", **arguments)
+    if next(iter(tensors.values())).dtype == torch.float64:
+        model.double()  # float32 would round
+    load_official(model, tensors, source=source)
+    return model
