@@ -129,11 +129,13 @@ def check_data(
 
 def _task_of(name: str, task: str | None) -> str:
     """Return the only task that has a data set of a name."""
-    having = [room for room in registry.tasks() if name in registry.datasets(room)]
+    # a room's further tasks share the data sets of its first, which bears its name
+    rooms = [task for task in registry.tasks() if registry.room_of(task) == task]
+    having = [room for room in rooms if name in registry.datasets(room)]
     if task is not None:
         return task
     if not having:
-        known = {key for room in registry.tasks() for key in registry.datasets(room)}
+        known = {key for room in rooms for key in registry.datasets(room)}
         raise unknown_name("data set", name, known)
     if len(having) > 1:
         raise UserError(f"data set {name!r} exists for {', '.join(having)}; add --task")
