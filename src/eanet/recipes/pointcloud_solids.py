@@ -26,7 +26,7 @@ _EAT = Recipe(
     options={"num_points": 512, "point_choice": "random", "augment": _AUGMENT},
     optim=_OPTIM,
     schedule=_SCHEDULE,
-    train=TrainSpec(epochs=20, evaluate_every=2),
+    train=TrainSpec(epochs=10, evaluate_every=2),
 )
 _EAT_PARTS = Recipe(
     task="pointcloud_parts",
@@ -35,7 +35,7 @@ _EAT_PARTS = Recipe(
     options={"num_points": 512, "point_choice": "random", "augment": _AUGMENT},
     optim=_OPTIM,
     schedule=_SCHEDULE,
-    train=TrainSpec(epochs=15, evaluate_every=3),
+    train=TrainSpec(epochs=24, evaluate_every=4),
 )
 
 RECIPES = {"eat": _EAT, "eat_parts": _EAT_PARTS}

@@ -130,13 +130,13 @@ def airplane(random: _Random) -> list[Piece]:
     """Body, wings, tail."""
     length, width = random.uniform(1.6, 2.4), random.uniform(0.12, 0.2)
     span, chord = random.uniform(1.5, 2.4), random.uniform(0.25, 0.45)
-    fin = random.uniform(0.25, 0.45)
+    fin = random.uniform(0.35, 0.5)
     tail = -0.46 * length
     return [
         ball(0, (length / 2, width, width), (0, 0, 0)),
         box(1, (chord, 0.04, span), (random.uniform(-0.05, 0.25), random.uniform(-0.1, 0.1), 0)),
-        box(2, (0.2, fin, 0.03), (tail, fin / 2, 0)),
-        box(2, (0.18, 0.03, 0.35 * span), (tail, random.choice([0.03, fin]), 0)),
+        box(2, (0.3, fin, 0.03), (tail, fin / 2, 0)),
+        box(2, (0.26, 0.03, 0.4 * span), (tail, random.choice([0.03, fin]), 0)),
     ]
 
 
@@ -228,11 +228,11 @@ def lamp(random: _Random) -> list[Piece]:
 def mug(random: _Random) -> list[Piece]:
     """Body, handle."""
     radius, height = random.uniform(0.35, 0.55), random.uniform(0.7, 1.2)
-    bow = height * random.uniform(0.22, 0.38)
+    bow = height * random.uniform(0.28, 0.42)
     return [
         tube(0, radius, height, (0, 0, 0), open_ends=True),
         tube(0, radius, 0.02, (0, -height / 2, 0)),
-        handle(1, bow, random.uniform(0.04, 0.07), (radius, 0, 0)),
+        handle(1, bow, random.uniform(0.06, 0.09), (radius, 0, 0)),
     ]
 
 
