@@ -134,9 +134,11 @@ def check_data(
 
 def _tasks_with(name: str) -> list[str]:
     """Return the tasks that have a data set of a name."""
-    having = [room for room in registry.tasks() if name in registry.datasets(room)]
+    # a room's further tasks share the data sets of its first, which bears its name
+    rooms = [task for task in registry.tasks() if registry.room_of(task) == task]
+    having = [room for room in rooms if name in registry.datasets(room)]
     if not having:
-        known = {key for room in registry.tasks() for key in registry.datasets(room)}
+        known = {key for room in rooms for key in registry.datasets(room)}
         raise unknown_name("data set", name, known)
     return having
 

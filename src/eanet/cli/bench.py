@@ -4,6 +4,7 @@ block: the block in the paper's form, product form and fused form;
 cost: Table 12 of the paper, published, counted and measured;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
+points: sampling and point cloud classifiers, in the form of PCT's published code and ours;
 streaming: ten million tokens and more in constant memory.
 
 Examples:
@@ -22,6 +23,7 @@ MEASUREMENTS = {
     "cost": "eanet.bench.cost_table",
     "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
+    "points": "eanet.bench.points",
     "streaming": "eanet.bench.streaming",
 }
 

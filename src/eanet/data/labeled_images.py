@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from eanet.data.files import decode_image
-from eanet.data.splits import Dataset, Splits, Subset, carve_validation
-from eanet.errors import UserError
+from eanet.data.splits import Dataset, Subset
 
 __all__ = [
     "Batch",
@@ -23,7 +22,6 @@ __all__ = [
     "image_to_tensor",
     "labels_of",
     "pixel_statistics",
-    "with_validation",
 ]
 
 
@@ -178,30 +176,3 @@ def pixel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     mean = flat.mean(axis=0, dtype=np.float64)
     std = flat.std(axis=0, dtype=np.float64)
     return mean.tolist(), np.maximum(std, 1e-3).tolist()
-
-
-def with_validation(splits: Splits, fraction: float, *, seed: int, name: str) -> Splits:
-    """Return splits with a validation split, carved out of training class by class if missing.
-
-    Args:
-        splits: of labeled images.
-        fraction: share of the training samples that becomes validation.
-        seed: of the choice.
-        name: of the data set, for messages.
-
-    Raises:
-        UserError: the training split is too small to be divided.
-    """
-    if splits.validation is not None:
-        return splits
-    labels = labels_of(splits.train)
-    try:
-        train, validation = carve_validation(labels, len(labels), fraction, seed=seed)
-    except ValueError as error:
-        raise UserError(f"data set {name!r}: validation_fraction: {error}") from error
-    return Splits(
-        train=Subset(splits.train, train),
-        validation=Subset(splits.train, validation),
-        test=splits.test,
-        facts=splits.facts,
-    )
