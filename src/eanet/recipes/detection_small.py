@@ -19,19 +19,24 @@ __all__ = ["RECIPES"]
 # Every number is our choice.
 _BCCD = Recipe(
     task="detection",
-    model=ModelSpec(name="faster_rcnn_small"),
+    # platelets are 16 pixels across at this size
+    model=ModelSpec(name="faster_rcnn_small", arguments={"anchor_scale": 4.0}),
     data=DataSpec(name="voc", batch_size=4),
     options={"image_size": 192, "max_size": 256, "vertical_flip": 0.5},
     optim=OptimSpec(name="adamw", lr=1e-3, weight_decay=0.05, clip_norm=10.0),
     schedule=ScheduleSpec(name="cosine", warmup=50, min_lr=0.01),
-    train=TrainSpec(epochs=20, evaluate_every=5),
+    train=TrainSpec(epochs=16, evaluate_every=8),
 )
 _NUCLEI = replace(
     _BCCD,
-    model=ModelSpec(name="mask_rcnn_small"),
+    # half of the nuclei are less than 15 pixels across, and there are up to 100 in an image
+    model=ModelSpec(
+        name="mask_rcnn_small",
+        arguments={"anchor_scale": 4.0, "proposal_count": 256, "proposals_per_level": 512},
+    ),
     data=DataSpec(name="coco", arguments={"val_as": "test"}, batch_size=4),
     options={"image_size": 256, "max_size": 256, "vertical_flip": 0.5},
-    train=TrainSpec(epochs=12, evaluate_every=4),
+    train=TrainSpec(epochs=10, evaluate_every=5),
 )
 
 
