@@ -10,6 +10,7 @@ from tasks.detection.networks import KINDS, detector, images, targets
 from torch import nn
 
 from eanet import registry
+from eanet.bench.cost import count_cost
 from eanet.errors import UserError
 from eanet.nn.fusion import fuse
 from eanet.tasks.detection.backbone import Backbone, FixedStatisticsBatchNorm2d
@@ -252,13 +253,13 @@ def test_pyramid_has_the_levels_it_says():
 
 @torch.no_grad()
 def test_backbone_compiles_and_the_block_exports(without_shape_checks):
-    network = backbone().eval()
+    network = backbone("resnet10_narrow").eval()
     x = torch.randn(1, 3, 64, 96)
     traced = torch.compile(network, backend="eager")
     for found, expected in zip(traced(x), network(x), strict=True):
         torch.testing.assert_close(found, expected)
     block = network.body.layer4.external_attention
-    features = torch.randn(1, 512, 3, 4)
+    features = torch.randn(1, 128, 3, 4)
     program = torch.export.export(block, (features,)).module()
     torch.testing.assert_close(program(features), block(features))
 
@@ -292,3 +293,18 @@ def test_a_fixed_batch_is_learned(kind):
         optimizer.step()
         history.append(loss.item())
     assert sum(history[-5:]) < 0.5 * sum(history[:5])
+
+
+def test_costs_can_be_counted():
+    # as counted for MMDetection's network at 800 x 1344: backbone with pyramid, proposals, head
+    with torch.device("meta"):
+        model = registry.create_model("faster_rcnn_resnet50_fpn")
+        with_attention = registry.create_model("faster_rcnn_resnet50_fpn_ea")
+    cost = count_cost(model, (1, 3, 800, 1344))
+    parts = {module.name: module.macs / 1e9 for module in cost.modules}
+    assert parts["backbone"] == pytest.approx(148.5, abs=0.3)
+    assert parts["proposals"] == pytest.approx(53.2, abs=0.3)
+    assert parts["heads"] == pytest.approx(14.3, abs=0.3)
+    assert count_cost(with_attention, (1, 3, 800, 1344)).macs > cost.macs
+    for kind in KINDS:
+        assert count_cost(detector(kind), (1, 3, 64, 96)).macs > 0

@@ -11,6 +11,7 @@ All arguments are JSON values. Those of the full-size networks:
 - ``num_slots``, ``inner_channels``, ``attention_norm``: of that block; ``inner_channels=None``
   (null) takes the width of the stage
 - ``pyramid_channels``, ``hidden``, ``mask_width``, ``mask_depth``: widths and depth of the heads
+- ``anchor_scale``: edge of the anchors in strides: 8 starts at 32 pixels
 - ``samples``, ``anchor_samples``: regions and anchors of an image that are learned from
 - ``proposals_per_level``, ``proposal_count``: before and after suppression; ``None`` (null) for the
   published numbers
@@ -112,6 +113,7 @@ def _two_stage(
     proposal_count: int | None = None,
     proposals_per_level: int | None = None,
     anchor_samples: int = 256,
+    anchor_scale: float = 8.0,
     min_score: float = 0.05,
     max_detections: int = 100,
     **backbone_arguments: Any,
@@ -142,7 +144,9 @@ def _two_stage(
         min_score=min_score,
         max_detections=max_detections,
     )
-    anchors = Anchors(tuple(backbone.strides))
+    if anchor_scale <= 0:
+        raise ValueError(f"anchor_scale must be above 0, got {anchor_scale}")
+    anchors = Anchors(tuple(backbone.strides), scales=(anchor_scale,))
     return TwoStageDetector(
         backbone,
         num_classes,
