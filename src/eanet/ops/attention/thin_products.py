@@ -35,6 +35,8 @@ _LEAST_MACS_OF_ONEDNN = 1 << 19
 _TILE_ENTRIES, _TOKEN_MAJOR_TILE_ENTRIES = 1 << 21, 1 << 19
 #: most tokens of a tile whose tokens lie side by side
 _TILE_TOKENS = 1 << 14
+#: tokens that are summed at once where the channels of a token lie side by side
+_TOKEN_MAJOR_SUM_TOKENS = 1 << 12
 
 
 def is_token_major(tensor: Tensor) -> bool:
@@ -184,7 +186,13 @@ def sum_over_tokens(rows: Tensor, source: Tensor) -> Tensor:
     if not _in_tiles(source):
         return torch.bmm(rows, source.transpose(1, 2)).sum(0)
     total = source.new_zeros((rows.shape[1], source.shape[1]))
+    # sums of parts round less than one long sum; and rows side by side cost a copy of little, while
+    # maps with gaps between their rows have to be copied together
+    most = _TOKEN_MAJOR_SUM_TOKENS if is_token_major(source) else _TILE_TOKENS
     for left, right in zip(rows, source, strict=True):
-        # side by side, since oneDNN is faster even with the copy of a few rows
-        total += _multiply(left.contiguous(), right.t())
+        for tokens in parts(source.shape[2], most):
+            of_tokens = right[:, tokens]
+            if not is_token_major(source):
+                of_tokens = of_tokens.contiguous()
+            total += _multiply(left[:, tokens].contiguous(), of_tokens.t())
     return total
