@@ -114,8 +114,11 @@ def format_growth(report: dict[str, Any]) -> str:
         "|---" + "|--:" * len(sizes) + "|",
     ]
     for form, by_size in report["nanoseconds_per_token"].items():
-        change = report["times_the_first_size"][form]
-        cells = [f"{by_size[size]:,.0f} ({change[size] - 1:+.0%})" for size in sizes]
+        change = report["times_the_first_size"][form].values()  # keys of JSON are strings
+        cells = [
+            f"{value:,.0f} ({times - 1:+.0%})"
+            for value, times in zip(by_size.values(), change, strict=True)
+        ]
         lines.append(f"| {form} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
