@@ -1,6 +1,8 @@
 """Measure external attention beside what could take its place, each table in one run.
 
 block: the block in the paper's form, product form and fused form;
+growth: time per token from 16,384 tokens to a million;
+gpu: kernels, torch.compile and contenders on a GPU, unattended in under nine minutes;
 cost: Table 12 of the paper, published, counted and measured;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
@@ -8,7 +10,7 @@ points: sampling and point cloud classifiers, in the form of PCT's published cod
 streaming: ten million tokens and more in constant memory.
 
 Examples:
-  eanet bench block
+  eanet bench block --large-pages
   eanet bench cost --no-measure
   eanet bench models eamlp_7 timm/resnet18
   eanet bench ops --quick
@@ -21,6 +23,8 @@ import argparse
 MEASUREMENTS = {
     "block": "eanet.bench.block",
     "cost": "eanet.bench.cost_table",
+    "gpu": "eanet.bench.gpu",
+    "growth": "eanet.bench.growth",
     "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
     "points": "eanet.bench.points",

@@ -28,6 +28,7 @@ from eanet.nn.memories import (
     cast,
     check_positive,
     check_tokens,
+    flat_view,
     full_precision,
     project_values,
 )
@@ -160,18 +161,21 @@ class ExternalAttention(MemoryModule):
         self,
         x: Float[Tensor, "batch tokens in_channels"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
+        *,
+        out: Float[Tensor, "batch tokens channels"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Attend from every token to the memories.
 
         Args:
             x: tokens.
             mask: True for tokens that take part; to others the branch adds 0.
+            out: a buffer for the result where no gradients are recorded; it may be x itself.
         """
         check_tokens(x, self.in_channels, type(self).__name__)
         check_mask(mask, tuple(x.shape[:2]))
         x = autocast_input(x)
         with full_precision(x):
-            return self._attend(*self._key_side(x), mask)
+            return self._attend(*self._key_side(x), mask, out)
 
     def attend(
         self,
@@ -196,7 +200,12 @@ class ExternalAttention(MemoryModule):
             return self._attend(queries, self.memory_key, None, mask)
 
     def _attend(
-        self, base: Tensor, key: Tensor, key_bias: Tensor | None, mask: Tensor | None
+        self,
+        base: Tensor,
+        key: Tensor,
+        key_bias: Tensor | None,
+        mask: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Return the result for what is compared with the keys."""
         self.refuse_dropout(
@@ -204,8 +213,10 @@ class ExternalAttention(MemoryModule):
         )
         value, bias = self._value_side()
         if self.training and (self.attention_dropout > 0 or self.projection_dropout > 0):
+            if out is not None:
+                raise ValueError("out is not for training with dropout")
             return self._forward_with_dropout(base, key, key_bias, value, bias, mask)
-        out, _ = self.attention_block(
+        result, _ = self.attention_block(
             base.transpose(1, 2),
             key,
             value,
@@ -216,8 +227,9 @@ class ExternalAttention(MemoryModule):
             mask=mask,
             residual=self.residual != "none",
             relu=False,
+            out=None if out is None else out.transpose(1, 2),
         )
-        return out.transpose(1, 2)
+        return result.transpose(1, 2) if out is None else out
 
     def _forward_with_dropout(
         self,
@@ -397,6 +409,8 @@ class ExternalAttention2d(MemoryModule):
         self,
         x: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch height width"] | None = None,
+        *,
+        out: Float[Tensor, "batch channels height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """Attend from every position to the memories.
 
@@ -404,9 +418,11 @@ class ExternalAttention2d(MemoryModule):
             x: feature maps.
             mask: True for positions that take part; to others the branch adds 0, and the batch
                 norm leaves them out of its statistics.
+            out: a buffer for the result where no gradients are recorded; it may be x itself. It
+                saves the pages of a fresh result, which take about as long as the computation.
 
         Raises:
-            ValueError: the shape of x or of the mask does not fit.
+            ValueError: the shape of x, of the mask or of the buffer does not fit.
         """
         self._check(x, mask)
         x = autocast_input(x)
@@ -415,6 +431,10 @@ class ExternalAttention2d(MemoryModule):
             key, key_bias = self._key_side()
             value, bias = self._value_side()
             if self.norm is not None and type(self.norm) not in (nn.BatchNorm2d, ChannelAffine):
+                if out is not None:
+                    raise ValueError(
+                        f"out needs batch norm or none, got {type(self.norm).__name__}"
+                    )
                 return self._forward_other_norm(x, key, value, key_bias, mask)
             batch_norm = None
             if isinstance(self.norm, ChannelAffine):
@@ -426,7 +446,7 @@ class ExternalAttention2d(MemoryModule):
                 batch_norm = BatchNormArguments(self.norm.weight, self.norm.bias, self.norm.eps)
             elif self.norm is not None:
                 value, bias = fold_running_statistics(self.norm, value)
-            out, statistics = self.attention_block(
+            result, statistics = self.attention_block(
                 x.flatten(2),
                 key,
                 value,
@@ -438,10 +458,11 @@ class ExternalAttention2d(MemoryModule):
                 mask=flat_mask,
                 residual=self.residual == "input",
                 relu=self.activation == "relu",
+                out=flat_view(out),
             )
             if isinstance(self.norm, nn.BatchNorm2d) and statistics is not None:
                 update_running_statistics(self.norm, statistics)
-        return out.reshape(*out.shape[:2], *x.shape[2:])
+        return result.reshape(*result.shape[:2], *x.shape[2:]) if out is None else out
 
     def _forward_other_norm(
         self,

@@ -67,12 +67,12 @@ def test_many_parts_equal_the_composed_form_in_float64(case, layout, masked):
                             for t in operands))  # fmt: skip
     expected = run_block(exact, options, composed_block)
     composed = run_block(operands, options, composed_block)
-    for actual, other, right in zip(
-        run_block(operands, options, direct), composed, expected, strict=True
+    for name, actual, other, right in zip(
+        range(len(expected)), run_block(operands, options, direct), composed, expected, strict=True
     ):
         if right.numel():
             error, usual = ((t.double() - right).norm() / right.norm() for t in (actual, other))
-            assert error < 2 * usual + 4 * torch.finfo(torch.float32).eps, (error, usual)
+            assert error < 2 * usual + 4 * torch.finfo(torch.float32).eps, (name, error, usual)
     in_float64 = run_block(exact, options, direct)
     for actual, right in zip(in_float64, expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-9, atol=1e-11 * max(1, right.numel()))

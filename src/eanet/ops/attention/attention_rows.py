@@ -82,10 +82,10 @@ class NormalizedRows(NamedTuple):
         return self.buffer[:, : self.num_slots]
 
 
-def parts_of(x: Tensor) -> list[slice]:
-    """Return the tokens of a map in the parts that are worked on together."""
+def parts_of(x: Tensor, most: int = _PART_TOKENS) -> list[slice]:
+    """Return the tokens of a map in the parts that are worked on together on a CPU."""
     in_parts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return list(parts(x.shape[2], _PART_TOKENS)) if in_parts else [slice(0, x.shape[2])]
+    return list(parts(x.shape[2], most)) if in_parts else [slice(0, x.shape[2])]
 
 
 def normalized_rows(

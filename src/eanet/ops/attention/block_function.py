@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+#: tokens whose products are summed at once: sums of parts round less than one long sum
+_MOMENT_TOKENS = 1 << 12
+
+
 class BlockOptions(NamedTuple):
     """What the block does, apart from its tensors."""
 
@@ -94,7 +98,7 @@ def _moments(x: Tensor, attention: Tensor, mask: Tensor | None) -> tuple[Tensor,
     count = num_valid(x, mask, attention.dtype).clamp(min=1.0)
     mean = attention.sum(dim=(0, 2)) / count
     covariance = attention.new_zeros((attention.shape[1], attention.shape[1]))
-    for part in parts_of(x):
+    for part in parts_of(x, _MOMENT_TOKENS):
         centered = _centered(attention[..., part], mean, _part(mask, part))
         covariance = covariance + torch.bmm(centered, centered.transpose(1, 2)).sum(0)
     return mean, covariance / count, count
