@@ -3,6 +3,7 @@
 block: the block in the paper's form, product form and fused form;
 cost: Table 12 of the paper, published, counted and measured;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
+segmentation: a segmentation network part by part, and the loader beside it;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
 streaming: ten million tokens and more in constant memory.
 
@@ -22,6 +23,7 @@ MEASUREMENTS = {
     "cost": "eanet.bench.cost_table",
     "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
+    "segmentation": "eanet.bench.segmentation",
     "streaming": "eanet.bench.streaming",
 }
 
