@@ -5,6 +5,7 @@ growth: time per token from 16,384 tokens to a million;
 gpu: kernels, torch.compile and contenders on a GPU, unattended in under nine minutes;
 cost: Table 12 of the paper, published, counted and measured;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
+segmentation: a segmentation network part by part, and the loader beside it;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
 points: sampling and point cloud classifiers, in the form of PCT's published code and ours;
 streaming: ten million tokens and more in constant memory.
@@ -28,6 +29,7 @@ MEASUREMENTS = {
     "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
     "points": "eanet.bench.points",
+    "segmentation": "eanet.bench.segmentation",
     "streaming": "eanet.bench.streaming",
 }
 
