@@ -282,6 +282,9 @@ def _start_from(task: VisualTask, source: str) -> None:
     if source.startswith("backbone:"):
         _start_backbone_from(task.model, source.removeprefix("backbone:"))
         return
+    if source.startswith("published:"):
+        _start_from_published(task.model, source.removeprefix("published:"))
+        return
     path = Path(source)
     if path.is_dir() and (path / RECIPE_NAME).is_file():
         tensors = load(path).state_dict()
@@ -291,6 +294,21 @@ def _start_from(task: VisualTask, source: str) -> None:
         hub.load_weights(task.model, path, allow_new_head=True)
         return
     hub.copy_weights(task.model, tensors, source=source, allow_new_head=True)
+
+
+def _start_from_published(model: nn.Module, file: str) -> None:
+    """Fill a network with weights that others published under names of their own.
+
+    Raises:
+        UserError: the network has no such counterpart, or the file is of another one.
+    """
+    fill = getattr(model, "load_published_weights", None)
+    if fill is None:
+        raise UserError(
+            f"model.init: {type(model).__name__} takes no published weights; `eanet convert` "
+            "reads those of classifiers"
+        )
+    fill(read_checkpoint(file).tensors, source=file)
 
 
 def _start_backbone_from(model: nn.Module, source: str) -> None:

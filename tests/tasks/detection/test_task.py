@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tasks.detection.networks import KINDS
 
-from eanet import registry, run
+from eanet import hub, registry, run
 from eanet.engine.checkpoint import CheckpointWarning
 from eanet.errors import UserError
 from eanet.prediction import predict
@@ -287,6 +287,20 @@ def test_predictions_are_pictures_and_coco_results(tmp_path):
     assert results[0]["image_id"] == "photo"
     with Image.open(tmp_path / "out" / "pictures" / "photo.png") as picture:
         assert picture.size == (512, 512)
+
+
+def test_a_detector_takes_up_attention_later(tmp_path):
+    plain = build("faster_rcnn_tiny", arguments={"attention": "none"})
+    hub.save_pretrained(plain.model, tmp_path / "plain")
+    task = build("faster_rcnn_tiny")
+    run._start_from(task, str(tmp_path / "plain"))
+    state = task.model.state_dict()
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    with pytest.raises(UserError, match="lacks"):
+        hub.copy_weights(task.model, plain.model.state_dict(), source="plain")
+    with pytest.raises(UserError, match="takes no published weights"):
+        run._start_from_published(torch.nn.Linear(1, 1), "file.pth")
 
 
 def test_report_without_attention_has_no_maps():
