@@ -2,6 +2,7 @@
 
 block: the block in the paper's form, product form and fused form;
 cost: Table 12 of the paper, published, counted and measured;
+generation: training steps of EAGAN beside those of SAGAN;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
 streaming: ten million tokens and more in constant memory.
@@ -20,6 +21,7 @@ import argparse
 MEASUREMENTS = {
     "block": "eanet.bench.block",
     "cost": "eanet.bench.cost_table",
+    "generation": "eanet.bench.generation",
     "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
     "streaming": "eanet.bench.streaming",

@@ -181,7 +181,7 @@ def test_validation_measures_attention_and_agreement(build, digits):
     assert numbers["critic/attention1_gamma"] == 0.0
     assert numbers["critic/attention1_share"] == 0.0
     assert numbers["critic/attention1_branch"] > 0
-    assert 0 < numbers["generator/attention1_entropy"] <= 1
+    assert 0 < numbers["generator/attention1_evenness"] <= 1
     # features of real images are kept: the second validation asks for those of fakes alone
     calls = []
     task.judge.network = lambda images: calls.append(len(images)) or Oracle()(images)
