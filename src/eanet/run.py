@@ -267,7 +267,8 @@ def _write_description(opened: OpenRun, arguments: Mapping[str, Any]) -> None:
 
 def _refuse_a_used_folder(folder: Path, *, resume: bool) -> None:
     """Protect an earlier run from being overwritten."""
-    if not resume and folder.exists() and any(folder.iterdir()):
+    # a run that was refused at its start leaves its lock behind and nothing else
+    if not resume and folder.exists() and any(e.name != ".lock" for e in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty; continue its run with --resume, or choose another with --out"
         )

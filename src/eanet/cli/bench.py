@@ -1,13 +1,14 @@
 """Measure external attention beside what could take its place, each table in one run.
 
 block: the block in the paper's form, product form and fused form;
-growth: time per token from 16,384 tokens to a million;
-gpu: kernels, torch.compile and contenders on a GPU, unattended in under nine minutes;
 cost: Table 12 of the paper, published, counted and measured;
+generation: training steps of EAGAN beside those of SAGAN;
+gpu: kernels, torch.compile and contenders on a GPU, unattended in under nine minutes;
+growth: time per token from 16,384 tokens to a million;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
-segmentation: a segmentation network part by part, and the loader beside it;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
 points: sampling and point cloud classifiers, in the form of PCT's published code and ours;
+segmentation: a segmentation network part by part, and the loader beside it;
 streaming: ten million tokens and more in constant memory.
 
 Examples:
@@ -24,6 +25,7 @@ import argparse
 MEASUREMENTS = {
     "block": "eanet.bench.block",
     "cost": "eanet.bench.cost_table",
+    "generation": "eanet.bench.generation",
     "gpu": "eanet.bench.gpu",
     "growth": "eanet.bench.growth",
     "models": "eanet.bench.models",

@@ -370,6 +370,17 @@ _BEST_OF_MANY = (
 )
 
 
+_GENERATION_DATA = {8: "cifar10", 9: "tiny_imagenet"}
+_GENERATION_KEYS = {
+    "DCGAN": "dcgan",
+    "LSGAN": "lsgan",
+    "WGAN-GP": "wgan_gp",
+    "ProjGAN": "projgan",
+    "SAGAN": "sagan",
+    "EAGAN (Ours)": "eagan",
+}
+
+
 def _tables_8_and_9() -> list[PaperRow]:
     # method, FID, IS, note
     lines: dict[int, list[tuple[str, Cell, Cell, str]]] = {
@@ -399,7 +410,7 @@ def _tables_8_and_9() -> list[PaperRow]:
             method,
             metrics=metrics,
             cells=[distance, score],
-            reason=NO_RECIPE_YET if method in ("SAGAN", "EAGAN (Ours)") else QUOTED,
+            recipe=f"generation_{_GENERATION_DATA[table]}/{_GENERATION_KEYS[method]}",
             note=note,
         )
     ]
