@@ -227,6 +227,9 @@ def format_table(report: dict[str, Any]) -> str:
     lines = [
         f"external attention block, {shape}, {report['num_slots']} slots, {report['dtype']}, "
         f"{report['device']}, median of {report['rounds']} rounds",
+        f"a 2048 cube: {report['rates']['cube_macs_per_second'] / 1e9:.0f} G multiply-adds a "
+        f"second, by torch.mm {report['rates']['torch_mm_macs_per_second'] / 1e9:.0f}; copies "
+        f"{report['rates']['copied_bytes_per_second'] / 2**30:.1f} GiB a second read and written",
         *(
             f"limit, {mode}: {1e3 * limit['seconds']:.1f} ms by {limit['bound']} (products at "
             f"their shapes {1e3 * limit['at_shape']:.1f}, as a 2048 cube "

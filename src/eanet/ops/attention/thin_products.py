@@ -105,7 +105,7 @@ def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
         tokens_of = source.transpose(1, 2)
         if tokens_of.is_contiguous():
             rows = multiply(tokens_of.flatten(0, 1), weight.t())
-            rows = rows.reshape(*tokens_of.shape[:2], -1)
+            rows = rows.view(*tokens_of.shape[:2], weight.shape[0])
         else:
             rows = torch.stack([multiply(sample, weight.t()) for sample in tokens_of.unbind()])
         return rows.transpose(1, 2)
