@@ -432,6 +432,52 @@ def test_mutants_of_the_multi_head_layer_are_noticed(mutant):
     assert (mutant(layer, x)[:, 1:] - expected[:, 1:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("options", [{}, {"memory_bias": False}, {"tie_memory": True}])
+def test_both_ways_to_compute_heads_agree(norm, options):
+    layer = randomize(MultiHeadExternalAttention(12, 5, num_heads=3, norm=norm, **options))
+    x = torch.randn(3, 7, 12, dtype=torch.float64, requires_grad=True)
+    weights = [x, *layer.parameters()]
+    found = []
+    for forward in (lambda: layer._forward_thin(x), lambda: layer._forward_by_head(x, None)):
+        out = forward()
+        found.append([out, *torch.autograd.grad(out.square().sum(), weights)])
+    for thin, by_head in zip(*found, strict=True):
+        torch.testing.assert_close(thin, by_head, rtol=1e-9, atol=1e-9)
+
+
+def test_both_ways_to_compute_heads_drop_attention_alike():
+    layer = MultiHeadExternalAttention(8, 4, num_heads=2, attention_dropout=0.5)
+    x = torch.randn(64, 9, 8)
+    assert not torch.equal(layer._forward_thin(x), layer._forward_thin(x))
+    with torch.no_grad():
+        means = [
+            torch.stack([forward() for _ in range(100)]).mean(0)
+            for forward in (lambda: layer._forward_thin(x), lambda: layer._forward_by_head(x, None))
+        ]
+        layer.eval()
+        torch.testing.assert_close(means[0], layer(x), rtol=0, atol=1e-3)
+        torch.testing.assert_close(means[1], layer(x), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "slots", "options", "tokens", "thin"),
+    [
+        (256, 64, {"num_heads": 16}, 1576, True),  # EAMLP-7, 8 images of 224 pixels in training
+        (256, 64, {"num_heads": 16}, 197, False),  # one image: forming the matrices costs more
+        (256, 128, {"num_heads": 16}, 10**6, False),  # twice the slots: no saving at any size
+        (64, 16, {"num_heads": 16, "expansion": 2}, 4096, False),
+    ],
+)
+def test_the_way_with_fewer_multiplications_is_taken(channels, slots, options, tokens, thin):
+    layer = MultiHeadExternalAttention(channels, slots, **options)
+    assert layer._thin_is_cheaper(tokens) == thin
+    width = layer.query.out_features
+    by_head = 2 * tokens * width * (channels + slots)
+    matrices = 2 * channels * layer.num_heads * slots * tokens + 2 * channels * width * slots
+    assert (matrices < by_head) == thin
+
+
 def test_double_norm_differs_from_softmax_and_composed_form_agrees():
     x = torch.randn(2, 4, 9, dtype=torch.float64)
     key, value = torch.randn(5, 4).double(), torch.randn(4, 5).double()

@@ -3,8 +3,9 @@
 block: the block in the paper's form, product form and fused form;
 cost: Table 12 of the paper, published, counted and measured;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
-segmentation: a segmentation network part by part, and the loader beside it;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
+points: sampling and point cloud classifiers, in the form of PCT's published code and ours;
+segmentation: a segmentation network part by part, and the loader beside it;
 streaming: ten million tokens and more in constant memory.
 
 Examples:
@@ -23,6 +24,7 @@ MEASUREMENTS = {
     "cost": "eanet.bench.cost_table",
     "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
+    "points": "eanet.bench.points",
     "segmentation": "eanet.bench.segmentation",
     "streaming": "eanet.bench.streaming",
 }

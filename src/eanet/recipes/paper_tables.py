@@ -257,7 +257,8 @@ def _tables_3_and_4() -> list[PaperRow]:
     figures: list[PaperRow] = []
     for table, metric, lines in ((3, "box AP (%)", box), (4, "mask AP (%)", mask)):
         for detector, plain, with_attention in lines:
-            note = _MASK_MISSING if (table, detector) == (4, "Cascade RCNN") else ""
+            misprinted = (table, detector) == (4, "Cascade RCNN")
+            key = "cascade_mask_rcnn" if misprinted else detector.lower().replace(" ", "_")
             for suffix, value, source in (
                 ("", plain, _MODEL_ZOO),
                 (" + 1EA", with_attention, _SINGLE_RUN),
@@ -267,8 +268,8 @@ def _tables_3_and_4() -> list[PaperRow]:
                     f"{detector}{suffix}, ResNet-50",
                     metrics={metric: source},
                     cells=[value],
-                    reason=NO_RECIPE_YET,
-                    note=note,
+                    recipe=f"detection_coco/{key}{'_ea' if suffix else ''}",
+                    note=_MASK_MISSING if misprinted else "",
                 )
     return figures
 

@@ -86,7 +86,7 @@ class DrawnScenes:
         *,
         image_size: int = 96,
         num_train: int = 1600,
-        num_test: int = 200,
+        num_test: int = 100,
     ) -> None:
         if root is not None:
             raise UserError(f"data set 'scenes' is built in and takes no folder, got {root!r}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from eanet.nn.capture import capture_attention
@@ -55,15 +55,17 @@ def drawn(
     canvas = canvas.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
     line = max(2, max(canvas.size) // 320)
+    font = ImageFont.load_default(size=max(11, max(canvas.size) // 30))
     for entry, color in zip(found, colors, strict=True):
         x, y, width, height = (factor * value for value in entry["bbox"])
         draw.rectangle((x, y, x + width, y + height), outline=color, width=line)
         text = str(entry["label"])
         if scores and "score" in entry:
             text += f" {entry['score']:.2f}"
-        left, top, right, bottom = draw.textbbox((x + line, max(y - 12, 0)), text)
+        place = (x + line, max(y - font.getbbox("A")[3] - 2, 0))
+        left, top, right, bottom = draw.textbbox(place, text, font=font)
         draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=color)
-        draw.text((x + line, max(y - 12, 0)), text, fill=_ink(color))
+        draw.text(place, text, fill=_ink(color), font=font)
     return np.asarray(canvas)
 
 
