@@ -21,6 +21,7 @@ __all__ = [
     "collate",
     "image_to_tensor",
     "labels_of",
+    "normalize",
     "pixel_statistics",
 ]
 
@@ -78,6 +79,28 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     """Return an 8-bit image as bytes, (channels, height, width)."""
     array = np.array(image)  # a copy: a tensor must be writable
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return bytes as float32, ``(x / 255 - mean) / std`` for each channel.
+
+    Args:
+        images: bytes, (..., channels, height, width).
+        mean: of each channel, for values of 0..1.
+        std: of each channel, for values of 0..1.
+
+    Raises:
+        ValueError: the images have another number of channels.
+    """
+    if images.shape[-3] != len(mean) or len(std) != len(mean):
+        raise ValueError(
+            f"images have {images.shape[-3]} channels, mean {len(mean)} and std {len(std)} values"
+        )
+    scale = torch.tensor([1 / (255 * value) for value in std], device=images.device)
+    offset = torch.tensor(
+        [-center / value for center, value in zip(mean, std, strict=True)], device=images.device
+    )
+    return torch.addcmul(offset.view(-1, 1, 1), images, scale.view(-1, 1, 1))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

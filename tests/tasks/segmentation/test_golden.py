@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eanet.data.labeled_images import normalize
 from eanet.engine.optim import parameter_groups
 from eanet.engine.schedule import Timetable, learning_rate_factor
 from eanet.nn.fusion import fuse
@@ -19,7 +20,6 @@ from eanet.tasks.segmentation.metrics import SegmentationMetrics, class_iou, sco
 from eanet.tasks.segmentation.official_keys import load_official, to_official
 from eanet.tasks.segmentation.transforms import (
     next_size,
-    normalize,
     pad,
     resize_image,
     resize_labels,

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from eanet.data.labeled_images import normalize
 from eanet.tasks.segmentation.losses import pixel_loss
 from eanet.tasks.segmentation.samples import IGNORE, Sample, collate
 from eanet.tasks.segmentation.transforms import (
     CONVENTIONS,
     TrainingTransform,
-    normalize,
     photometric,
 )
 

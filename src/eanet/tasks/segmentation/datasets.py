@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from eanet.data.files import IMAGE_SUFFIXES, decode_image, decode_indices
+from eanet.data.labeled_sets import IMAGENET_MEAN, IMAGENET_STD, require_root
 from eanet.data.splits import Dataset, Splits
 from eanet.errors import UserError
 from eanet.registry import register_dataset
@@ -36,9 +37,6 @@ __all__ = [
     "paired",
     "require_root",
 ]
-
-#: what published backbones are trained with
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -115,16 +113,6 @@ class LabeledFiles:
         return labels.astype(np.uint8)
 
 
-def require_root(root: str | None, name: str, what: str) -> Path:
-    """Return the folder of a data set, which must exist."""
-    if root is None:
-        raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise UserError(f"data set {name!r}: the folder {str(path)!r} does not exist")
-    return path
-
-
 def _find_within(folder: Path, inner: str, name: str) -> Path:
     """Return the folder that holds an entry: the one given, or one or two levels below it."""
     for candidate in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))):
@@ -139,8 +127,8 @@ def facts_of(class_names: Sequence[str], notes: Sequence[str] = ()) -> dict[str,
         "class_names": list(class_names),
         "num_classes": len(class_names),
         "in_channels": 3,
-        "mean": list(_MEAN),
-        "std": list(_STD),
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
         "palette": [list(color) for color in palette(class_names)],
         "notes": list(notes),
     }

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from eanet.data.labeled_sets import require_root
 from eanet.data.splits import Splits
 from eanet.errors import UserError
 from eanet.registry import register_dataset
-from eanet.tasks.segmentation.datasets import LabeledFiles, facts_of, paired, require_root
+from eanet.tasks.segmentation.datasets import LabeledFiles, facts_of, paired
 from eanet.tasks.segmentation.samples import IGNORE
 
 __all__ = ["MaskFolder"]

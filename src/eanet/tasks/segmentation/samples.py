@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "Sample", "collate", "image_to_tensor"]
+from eanet.data.labeled_images import image_to_tensor
+
+__all__ = ["IGNORE", "Batch", "Sample", "collate"]
 
 #: the label of pixels that count nowhere
 IGNORE = 255
@@ -69,12 +71,6 @@ class Batch:
             images=self.images.pin_memory(),
             labels=None if self.labels is None else self.labels.pin_memory(),
         )
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """Return an 8-bit image as bytes, (channels, height, width)."""
-    array = np.array(image)  # a copy: a tensor must be writable
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

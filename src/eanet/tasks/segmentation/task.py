@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eanet import registry
 from eanet.data.files import decode_image
+from eanet.data.labeled_images import image_to_tensor, normalize
 from eanet.data.splits import Splits, Subset, carve_validation
 from eanet.engine.task import Update
 from eanet.errors import UserError
@@ -19,8 +20,8 @@ from eanet.tasks.segmentation import pictures
 from eanet.tasks.segmentation.inference import Protocol, segment
 from eanet.tasks.segmentation.losses import Reduction, pixel_loss
 from eanet.tasks.segmentation.metrics import SegmentationMetrics, scores
-from eanet.tasks.segmentation.samples import IGNORE, Batch, Sample, collate, image_to_tensor
-from eanet.tasks.segmentation.transforms import Convention, TrainingTransform, normalize
+from eanet.tasks.segmentation.samples import IGNORE, Batch, Sample, collate
+from eanet.tasks.segmentation.transforms import Convention, TrainingTransform
 
 __all__ = ["SegmentationTask"]
 

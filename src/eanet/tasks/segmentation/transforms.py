@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from eanet.tasks.segmentation.samples import IGNORE, Sample, image_to_tensor
+from eanet.data.labeled_images import image_to_tensor, normalize
+from eanet.tasks.segmentation.samples import IGNORE, Sample
 
 __all__ = [
     "Convention",
     "TrainingTransform",
     "fit_scale",
     "next_size",
-    "normalize",
     "pad",
     "photometric",
     "resize_image",
@@ -41,28 +41,6 @@ __all__ = [
 
 Convention = Literal["authors", "mmsegmentation", "smooth"]
 CONVENTIONS = ("authors", "mmsegmentation", "smooth")
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return bytes as float32, ``(x / 255 - mean) / std`` for each channel.
-
-    Args:
-        images: bytes, (..., channels, height, width).
-        mean: of each channel, for values of 0..1.
-        std: of each channel, for values of 0..1.
-
-    Raises:
-        ValueError: the images have another number of channels.
-    """
-    if images.shape[-3] != len(mean) or len(std) != len(mean):
-        raise ValueError(
-            f"images have {images.shape[-3]} channels, mean {len(mean)} and std {len(std)} values"
-        )
-    scale = torch.tensor([1 / (255 * value) for value in std], device=images.device)
-    offset = torch.tensor(
-        [-center / value for center, value in zip(mean, std, strict=True)], device=images.device
-    )
-    return torch.addcmul(offset.view(-1, 1, 1), images, scale.view(-1, 1, 1))
 
 
 def resize_image(images: Tensor, size: tuple[int, int], convention: Convention) -> Tensor:
