@@ -17,7 +17,9 @@ from eanet.recipe import DataSpec, ModelSpec
 from eanet.report.page import Picture, Table
 from eanet.tasks.detection.baselines import otsu_threshold, threshold_regions
 from eanet.tasks.detection.builtin import DrawnScenes
+from eanet.tasks.detection.coco_scores import coco_scores
 from eanet.tasks.detection.mask_codes import decode_mask, encode_mask
+from eanet.tasks.detection.metrics import DetectionMetrics
 from eanet.tasks.detection.pictures import drawn
 from eanet.tasks.detection.samples import Instance, Sample
 from eanet.tasks.detection.task import DetectionTask
@@ -269,6 +271,14 @@ def test_every_detector_trains_evaluates_and_resumes_to_the_bit(tmp_path, kind):
 
 def test_predictions_are_pictures_and_coco_results(tmp_path):
     result = run.train(smoke("mask_rcnn", min_score=0.0), tmp_path / "run", device="cpu")
+    metrics = run.evaluate(result.folder, device="cpu", predictions=tmp_path / "results.json")
+    assert metrics == result.metrics["test"]
+    truth = DetectionMetrics(dict(enumerate(DATA.facts["class_names"], start=1)), masks=True)
+    for index in range(3):
+        truth.update(DATA.test[index], [])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert coco_scores(truth.truth(), results, "bbox").numbers["AP"] == metrics["box_AP"]
+
     DATA.test[0].image.save(tmp_path / "photo.png")
     (tmp_path / "text.png").write_text("no image")
     made = predict(

@@ -1,5 +1,6 @@
 """Data sets of images with objects: COCO's form, and that of PASCAL VOC."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +80,15 @@ def trainable(images: AnnotatedImages, *, keep_empty: bool) -> AnnotatedImages:
         UserError: none is left.
     """
     kept: list[ImageRecord] = []
+    left_out: list[str] = []
     for record in images.records:
         good = [instance for instance in record.instances if is_trainable(instance, record.size)]
         large = min(record.size) >= _MIN_TRAINED_SIDE
         if large and (good or (keep_empty and not record.instances)):
             kept.append(record)
+        elif record.instances:
+            number = record.instances[0].number
+            left_out.append(f"{record.path.name} (annotation {number})")
     if not any(record.instances for record in kept):
         first = next((x for record in images.records for x in record.instances), None)
         crowd = first is not None and first.is_crowd
@@ -93,6 +98,13 @@ def trainable(images: AnnotatedImages, *, keep_empty: bool) -> AnnotatedImages:
             else ("it has no object of a pixel or more")
         )
         raise UserError(f"{images.source}: nothing to train on: {what}")
+    if left_out:
+        warnings.warn(
+            f"{images.source}: {len(left_out)} image(s) have crowds or slivers alone, or are too "
+            f"small, and are not trained on: {', '.join(left_out[:5])}"
+            f"{', ...' if len(left_out) > 5 else ''}",
+            stacklevel=2,
+        )
     return AnnotatedImages(kept, images.source)
 
 
