@@ -99,7 +99,7 @@ def check_data(
     Args:
         name: a registered data set.
         root: its folder; ``None`` for data that needs no download.
-        task: the task whose data set is meant, where several have one of that name.
+        task: the task whose samples are shown; by default the first that has such a data set.
         samples: look at the first so many samples of each split only.
 
     Raises:
@@ -128,15 +128,13 @@ def check_data(
 
 
 def _task_of(name: str, task: str | None) -> str:
-    """Return the only task that has a data set of a name."""
+    """Return the first task that has a data set of a name; one name means the same files in all."""
     having = [room for room in registry.tasks() if name in registry.datasets(room)]
     if task is not None:
         return task
     if not having:
         known = {key for room in registry.tasks() for key in registry.datasets(room)}
         raise unknown_name("data set", name, known)
-    if len(having) > 1:
-        raise UserError(f"data set {name!r} exists for {', '.join(having)}; add --task")
     return having[0]
 
 
