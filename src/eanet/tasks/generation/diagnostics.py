@@ -18,8 +18,8 @@ def watch_attention(network: nn.Module, prefix: str) -> Generator[dict[str, floa
 
     For the layer after block n, under ``<prefix>/attention<n>_...``: ``gamma``; ``branch``, the
     root mean square of the branch before it is multiplied by gamma; ``share``, that of gamma times
-    the branch over that of the input; ``evenness``, the entropy of the attention of a position over
-    what it looks at, over its largest possible value. A share near 0 is a layer that does nothing.
+    the branch over that of the input; ``evenness``, the entropy of a position's attention over its
+    largest possible value. A share near 0 is a layer that does nothing.
 
     Args:
         network: a generator or a critic.
