@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eanet import registry
+from eanet import convert_points, registry
 from eanet.errors import UserError
 from eanet.published_file import Weights, read_checkpoint
 from eanet.tasks.classification.official_keys import (
@@ -29,6 +29,7 @@ from eanet.tasks.classification.official_keys import (
 from eanet.tasks.classification.positions import resize_table, sinusoid_table
 from eanet.tasks.classification.t2t_vit import T2TViT
 from eanet.tasks.classification.tokens_to_token import SoftSplit
+from eanet.tasks.pointcloud.pct import PartSegmenter, PointClassifier
 
 __all__ = [
     "export_published",
@@ -210,8 +211,8 @@ def load_published(
     num_heads: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     positions: Literal["regenerate", "resize"] | None = None,
-) -> T2TViT:
-    """Build the network of a published EAMLP or T2T-ViT checkpoint, in evaluation mode.
+) -> T2TViT | PointClassifier | PartSegmenter:
+    """Build the network of a published EAMLP, T2T-ViT or PCT checkpoint, in evaluation mode.
 
     Args:
         path: the file, see :func:`eanet.published_file.read_checkpoint`.
@@ -233,6 +234,10 @@ def load_published(
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights=weights)
+    if convert_points.is_published(checkpoint.tensors):
+        if (num_heads, image_size, positions) != (None, None, None):
+            raise UserError(f"{path}: is of PCT, which has no heads, image size or positions")
+        return convert_points.load_published(checkpoint, path)
     shapes = _Shapes(checkpoint.tensors, str(path))
     arguments, naming = published_arguments(
         checkpoint.tensors, source=str(path), num_heads=num_heads

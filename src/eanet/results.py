@@ -76,7 +76,9 @@ def record_run(folder: str | Path, out: str | Path) -> Path:
         "seconds": metrics["training"]["seconds"],
         "command": f"eanet train {name} --train.seed {recipe.train.seed}"
         + (" --data.root FOLDER" if recipe.data.root else ""),
-        "metrics": {part: metrics[part] for part in ("validation", "test") if part in metrics},
+        "metrics": {
+            part: metrics[part] for part in ("validation", "test", "test (last)") if part in metrics
+        },
         "baselines": metrics.get("baselines", {}),
         "libraries": environment["libraries"],
     }

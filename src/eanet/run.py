@@ -66,7 +66,8 @@ class RunResult:
     Args:
         folder: the run folder.
         metrics: for each split the metrics of the best checkpoint, averaged weights under
-            ``ema/...``; ``baselines`` holds simple methods on the test split.
+            ``ema/...``; ``test (last)`` those of the newest checkpoint, where a task reports it;
+            ``baselines`` holds simple methods on the test split.
         page: the page about the run; ``None`` on processes that write none.
     """
 
@@ -227,6 +228,9 @@ def train(
         if processes.is_main and not starts:
             _write_description(opened, arguments)
         metrics = _evaluate_splits(opened, splits, processes, names=("validation", "test"))
+        if getattr(task, "reports_last_checkpoint", False):
+            last = _evaluate_splits(opened, splits, processes, checkpoint="last")
+            metrics |= {f"{name} (last)": found for name, found in last.items()}
         if not processes.is_main:
             return RunResult(run_folder.path, metrics)
         if splits.test is not None:

@@ -109,6 +109,9 @@ class VisualTask(Task, Protocol):
     #: how the paper's tables call `best_metric`, and the factor to their unit
     published_metric: ClassVar[tuple[str, float]]
 
+    # A task may set `reports_last_checkpoint = True`: the newest checkpoint is then evaluated on
+    # the test split beside the best one.
+
     model: nn.Module
     facts: dict[str, Any]
 

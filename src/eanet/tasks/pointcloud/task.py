@@ -86,7 +86,7 @@ class _PointTask:
 
     batches_per_step = 1
     best_mode: Literal["max", "min"] = "max"
-    #: these data sets are small, and the tables of others state the best epoch on the test set
+    #: published figures are of the best epoch by some, of the last by others: both are reported
     reports_last_checkpoint: ClassVar[bool] = True
 
     def __init__(
