@@ -212,8 +212,7 @@ def benchmark_points(
         forms = {"upstream": UpstreamClassifier(model), "ours": model}
         for mode, count in (("evaluation", batch), ("training step", training_batch)):
             model.train(mode == "training step")
-            # on a grid, so that both ways to compute distances find the same neighbors
-            points = (torch.rand(count, num_points, 3) * 1024).round() / 1024
+            points = _clouds(count, num_points)
             labels = torch.arange(count) % 40
             difference = _difference(forms, points)
             run = {
@@ -237,6 +236,12 @@ def benchmark_points(
         "memory": "peak of PyTorch's allocations during one run, beyond input and parameters",
         "results": results,
     }
+
+
+def _clouds(count: int, num_points: int) -> Tensor:
+    """Return boxes of different shapes, on a grid: both forms then find the same neighbors."""
+    boxes = torch.rand(count, num_points, 3) * (0.1 + torch.rand(count, 1, 3))
+    return (boxes * 1024).round() / 1024
 
 
 @torch.no_grad()
