@@ -29,7 +29,8 @@ from eanet.data.splits import Splits
 from eanet.engine.distributed import Processes, join_processes
 from eanet.engine.evaluation import evaluate as evaluate_task
 from eanet.engine.evaluation import evaluating
-from eanet.engine.run_folder import RunFolder, write_text
+from eanet.engine.progress import say
+from eanet.engine.run_folder import LOCK_NAME, RunFolder, write_text
 from eanet.engine.state import load_networks
 from eanet.engine.task import VisualTask
 from eanet.engine.trainer import Trainer
@@ -222,11 +223,13 @@ def train(
         arguments = _model_arguments(recipe, splits.facts)
         seed_generators(derive_seed("weights", recipe.train.seed))
         task = build_task(recipe, splits.facts, arguments)
-        if recipe.model.init is not None:
-            _start_from(task, recipe.model.init)
         opened = OpenRun(run_folder, recipe, task)
         # a recipe that does not fit the checkpoints is refused by fit() and must leave no trace
         starts = not run_folder.checkpoints.exists()
+        if recipe.model.init is not None and starts:
+            said = _start_from(task, recipe.model.init)
+            if processes.is_main:
+                say(said)
         if processes.is_main and starts:
             _write_description(opened, arguments)
         fitted = Trainer(task, recipe, run_folder, splits=splits, processes=processes).fit()
@@ -253,27 +256,36 @@ def _write_description(opened: OpenRun, arguments: Mapping[str, Any]) -> None:
 
 def _refuse_a_used_folder(folder: Path, *, resume: bool) -> None:
     """Protect an earlier run from being overwritten."""
-    if not resume and folder.exists() and any(folder.iterdir()):
+    # a lock alone is what a run leaves that was refused before it started
+    if not resume and folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty; continue its run with --resume, or choose another with --out"
         )
 
 
-def _start_from(task: VisualTask, source: str) -> None:
+def _start_from(task: VisualTask, source: str) -> str:
     """Load the weights a recipe starts from; a head of another size keeps its fresh values.
 
+    Returns:
+        What was loaded and what was not, in words.
+
     Raises:
-        UserError: the source is neither a run, a saved folder nor a safetensors file.
+        UserError: the source is neither a run, a saved folder nor a safetensors file, or its
+            weights are of another network.
     """
     path = Path(source)
-    if path.is_dir() and (path / RECIPE_NAME).is_file():
-        tensors = load(path).state_dict()
-    elif path.is_dir():
-        tensors = hub.from_pretrained(path).state_dict()
+    if path.suffix in (".pt", ".pth", ".tar", ".bin", ".ckpt"):
+        raise UserError(
+            f"model.init: {source!r} is no safetensors file; a published checkpoint becomes a "
+            "folder by `eanet convert`"
+        )
+    if path.is_dir():
+        is_run = (path / RECIPE_NAME).is_file()
+        tensors = (load(path) if is_run else hub.from_pretrained(path)).state_dict()
+        fresh = hub.copy_weights(task.model, tensors, source=source, allow_new_head=True)
     else:
-        hub.load_weights(task.model, path, allow_new_head=True)
-        return
-    hub.copy_weights(task.model, tensors, source=source, allow_new_head=True)
+        fresh = hub.load_weights(task.model, path, allow_new_head=True)
+    return f"start from {source}" + (f", fresh: {', '.join(fresh)}" if fresh else "")
 
 
 def _evaluate_splits(
