@@ -15,6 +15,7 @@ from eanet.errors import UserError
 from eanet.prediction import predict
 from eanet.recipe import DataSpec, ModelSpec
 from eanet.report.page import Picture, Table
+from eanet.starting_weights import start_from
 from eanet.tasks.detection.baselines import otsu_threshold, threshold_regions
 from eanet.tasks.detection.builtin import DrawnScenes
 from eanet.tasks.detection.coco_scores import coco_scores
@@ -303,14 +304,14 @@ def test_a_detector_takes_up_attention_later(tmp_path):
     plain = build("faster_rcnn_tiny", arguments={"attention": "none"})
     hub.save_pretrained(plain.model, tmp_path / "plain")
     task = build("faster_rcnn_tiny")
-    run._start_from(task, str(tmp_path / "plain"))
+    start_from(task.model, str(tmp_path / "plain"), load=run.load)
     state = task.model.state_dict()
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(state[name], tensor), name
     with pytest.raises(UserError, match="lacks"):
         hub.copy_weights(task.model, plain.model.state_dict(), source="plain")
     with pytest.raises(UserError, match="takes no published weights"):
-        run._start_from_published(torch.nn.Linear(1, 1), "file.pth")
+        start_from(torch.nn.Linear(1, 1), "published:file.pth", load=run.load)
 
 
 def test_report_without_attention_has_no_maps():
