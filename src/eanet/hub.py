@@ -8,7 +8,8 @@ A folder holds::
 
 The configuration builds the network that the weights fit, so a folder needs nothing beside it.
 
-Environment variable: with ``EANET_OFFLINE=1`` nothing is downloaded.
+Environment variables: with ``EANET_OFFLINE=1`` nothing is downloaded; ``EANET_INCEPTION`` names the
+file of the Inception weights that FID and Inception Score are defined by.
 """
 
 import contextlib
@@ -33,11 +34,13 @@ from torch import Tensor, nn
 from eanet import registry
 from eanet._version import __version__
 from eanet.errors import UserError
+from eanet.nn.insertion import BLOCK_NAME
 
 __all__ = [
     "copy_weights",
     "download",
     "from_pretrained",
+    "inception_file",
     "load_weights",
     "read_json",
     "save_pretrained",
@@ -46,6 +49,7 @@ __all__ = [
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+INCEPTION_VARIABLE = "EANET_INCEPTION"
 
 #: in a card that may be replaced
 _CARD_MARK = "<!-- written by eanet; without this line the file is never replaced -->"
@@ -278,8 +282,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def copy_weights(
     model: nn.Module, tensors: dict[str, Tensor], *, source: str, allow_new_head: bool = False
 ) -> list[str]:
-    """Copy tensors into a network by name, strictly; see :func:`load_weights`."""
+    """Copy tensors into a network by name, strictly; see :func:`load_weights`.
+
+    With ``allow_new_head`` a block of external attention that was inserted since the tensors were
+    saved keeps its fresh values too.
+    """
     own = model.state_dict()
+    inserted = [n for n in own.keys() - tensors.keys() if f".{BLOCK_NAME}." in n]
+    if allow_new_head:
+        tensors = {**tensors, **{name: own[name] for name in inserted}}
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         name = (missing or unexpected)[0]
@@ -303,6 +314,12 @@ def copy_weights(
         {name: tensor for name, tensor in tensors.items() if name not in fresh}, strict=not fresh
     )
     return fresh
+
+
+def inception_file() -> Path | None:
+    """Return the file of FID's Inception weights that the environment names, if it names one."""
+    named = os.environ.get(INCEPTION_VARIABLE, "")
+    return Path(named).expanduser() if named else None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def predict(
     batch_size: int = 16,
     pictures: bool = True,
     device: str = "auto",
+    overrides: Sequence[str] = (),
 ) -> Prediction:
     """Predict on files; write ``predictions.csv``, ``predictions.json`` and annotated pictures.
 
@@ -58,11 +59,12 @@ def predict(
         batch_size: samples that go through the network at a time.
         pictures: whether annotated pictures are written.
         device: ``auto``, ``cpu``, ``cuda``, ...
+        overrides: options that replace fields of the run's recipe, such as ``--options.mirror``.
 
     Raises:
         UserError: the folder is no run, or not one file can be read.
     """
-    opened = open_run(folder)
+    opened = open_run(folder, overrides=overrides)
     task, out = opened.task, Path(out)
     (out / "pictures" if pictures else out).mkdir(parents=True, exist_ok=True)
     paths = list(_expand(files))
@@ -78,7 +80,8 @@ def predict(
             with autocast(processes.device, opened.recipe.train.precision):
                 records = task.predict_batch(batch)
             for (path, sample), record in zip(group, records, strict=True):
-                result.records.append({"file": str(path), **record})
+                shown = {key: value for key, value in record.items() if not key.startswith("_")}
+                result.records.append({"file": str(path), **shown})
                 if pictures:
                     stem = _unused_stem(out / "pictures", path.stem, result.files)
                     result.files += task.save_prediction(sample, record, stem)

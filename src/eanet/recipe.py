@@ -37,6 +37,9 @@ class ModelSpec:
         arguments: constructor arguments as JSON values, beside those the data decides
             (``num_classes``, ``in_channels``).
         init: a run folder or weights file to start from; a head of another size is re-made.
+            ``backbone:FILE`` fills the backbone alone, ``backbone:timm/NAME`` with timm's weights
+            of that name, which are downloaded. ``published:FILE`` fills the whole network with
+            weights that others published, where its task knows their names.
     """
 
     name: str
@@ -140,8 +143,9 @@ class ScheduleSpec:
         name: ``constant``, ``cosine`` (to ``min_lr``), ``poly`` ((1 - t)^power) or ``step``
             (times ``gamma`` at each milestone).
         interval: whether the rate changes at every step or at the start of every epoch.
-        warmup: length of the linear warm-up, in units of ``interval``; it is not added to the
-            clock of the curve, which runs from 0.
+        warmup: length of the linear warm-up, in units of ``warmup_interval``; it is not added to
+            the clock of the curve, which runs from 0.
+        warmup_interval: as ``interval``, for the warm-up; ``None`` for the same.
         warmup_lr: learning rate at the start of the warm-up, as a share of the base rate.
         min_lr: lowest learning rate of ``cosine`` and ``poly``, as a share of the base rate.
         power: exponent of ``poly``.
@@ -149,19 +153,24 @@ class ScheduleSpec:
         gamma: factor of ``step``.
         cooldown: units of ``interval`` at ``min_lr`` after the curve has ended, counted within
             the length of the run.
+        hold: the rate is held for this many units of ``interval`` and then catches up with the
+            curve; 1 follows it all the time.
     """
 
     name: Literal["constant", "cosine", "poly", "step"] = "cosine"
     interval: Literal["step", "epoch"] = "step"
     warmup: int = 0
+    warmup_interval: Literal["step", "epoch"] | None = None
     warmup_lr: float = 0.0
     min_lr: float = 0.0
     power: float = 0.9
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     cooldown: int = 0
+    hold: int = 1
 
     def __post_init__(self) -> None:
+        _require(self.hold >= 1, "schedule.hold", self.hold, "1 or more")
         for name in ("warmup", "cooldown"):
             value = getattr(self, name)
             _require(value >= 0, f"schedule.{name}", value, "0 or more")

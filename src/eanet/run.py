@@ -12,7 +12,8 @@ A run folder holds everything a run is and has become::
     report.html        the page about the run
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from eanet import hub, registry
+from eanet import hub, judges, registry
 from eanet._version import __version__
 from eanet.data.loading import derive_seed, seed_generators
 from eanet.data.splits import Splits
@@ -35,6 +36,7 @@ from eanet.engine.state import load_networks
 from eanet.engine.task import VisualTask
 from eanet.engine.trainer import Trainer
 from eanet.errors import UserError, unknown_name
+from eanet.published_file import read_checkpoint
 from eanet.recipe import Recipe
 from eanet.recipe_file import dump_recipe, load_recipe, override
 from eanet.report.curves import read_records, training_curves
@@ -67,7 +69,8 @@ class RunResult:
     Args:
         folder: the run folder.
         metrics: for each split the metrics of the best checkpoint, averaged weights under
-            ``ema/...``; ``baselines`` holds simple methods on the test split.
+            ``ema/...``, those of the newest checkpoint that a task asks for under ``last/...``;
+            ``baselines`` holds simple methods on the test split.
         page: the page about the run; ``None`` on processes that write none.
     """
 
@@ -143,12 +146,16 @@ def _model_arguments(recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]
     return {**registry.task(recipe.task).model_arguments(facts), **recipe.model.arguments}
 
 
-def open_run(folder: str | Path, *, overrides: Sequence[str] = ()) -> OpenRun:
+def open_run(
+    folder: str | Path, *, overrides: Sequence[str] = (), needs_judge: bool = False
+) -> OpenRun:
     """Read a run folder back and build its task, without loading weights.
 
     Args:
         folder: the run folder.
         overrides: options that replace fields of the stored recipe, such as ``--data.root``.
+        needs_judge: whether the network is loaded that a task compares images by, where the task
+            has one; see :mod:`eanet.judges`.
 
     Raises:
         UserError: the folder is no run, or one of its files is damaged.
@@ -159,7 +166,10 @@ def open_run(folder: str | Path, *, overrides: Sequence[str] = ()) -> OpenRun:
     recipe = override(load_recipe(folder / "recipe.yaml"), overrides)
     facts = hub.read_json(folder / "facts.json")
     arguments = hub.read_json(folder / "model.json").get("arguments", {})
-    return OpenRun(RunFolder(folder), recipe, build_task(recipe, facts, arguments))
+    task = build_task(recipe, facts, arguments)
+    if needs_judge:
+        judges.hand_over(task, judges.find_judge(recipe, folder), load=load)
+    return OpenRun(RunFolder(folder), recipe, task)
 
 
 def load(
@@ -215,6 +225,7 @@ def train(
         folder = folder or default_folder(recipe)
         recipe = registry.recipe(recipe)
     run_folder = RunFolder(folder or default_folder(f"{recipe.task}-{recipe.model.name}"))
+    judge = judges.train_judge(recipe, run_folder.path, train=train, device=device)
     with join_processes(device) as processes, ExitStack() as stack:
         if processes.is_main:
             _refuse_a_used_folder(run_folder.path, resume=resume)
@@ -223,6 +234,7 @@ def train(
         arguments = _model_arguments(recipe, splits.facts)
         seed_generators(derive_seed("weights", recipe.train.seed))
         task = build_task(recipe, splits.facts, arguments)
+        judges.hand_over(task, judge, load=load)
         opened = OpenRun(run_folder, recipe, task)
         # a recipe that does not fit the checkpoints is refused by fit() and must leave no trace
         starts = not run_folder.checkpoints.exists()
@@ -232,10 +244,14 @@ def train(
                 say(said)
         if processes.is_main and starts:
             _write_description(opened, arguments)
+            judges.keep_judge(judge, run_folder.path, load=load)
         fitted = Trainer(task, recipe, run_folder, splits=splits, processes=processes).fit()
         if processes.is_main and not starts:
             _write_description(opened, arguments)
+        last = _evaluate_last(opened, splits, processes)
         metrics = _evaluate_splits(opened, splits, processes, names=("validation", "test"))
+        for name, found in last.items():
+            metrics[name] |= found
         if not processes.is_main:
             return RunResult(run_folder.path, metrics)
         if splits.test is not None:
@@ -256,7 +272,7 @@ def _write_description(opened: OpenRun, arguments: Mapping[str, Any]) -> None:
 
 def _refuse_a_used_folder(folder: Path, *, resume: bool) -> None:
     """Protect an earlier run from being overwritten."""
-    # a lock alone is what a run leaves that was refused before it started
+    # a run that was refused at its start leaves its lock behind and nothing else
     if not resume and folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty; continue its run with --resume, or choose another with --out"
@@ -273,11 +289,17 @@ def _start_from(task: VisualTask, source: str) -> str:
         UserError: the source is neither a run, a saved folder nor a safetensors file, or its
             weights are of another network.
     """
+    if source.startswith("backbone:"):
+        _start_backbone_from(task.model, source.removeprefix("backbone:"))
+        return f"start from {source}"
+    if source.startswith("published:"):
+        _start_from_published(task.model, source.removeprefix("published:"))
+        return f"start from {source}"
     path = Path(source)
     if path.suffix in (".pt", ".pth", ".tar", ".bin", ".ckpt"):
         raise UserError(
-            f"model.init: {source!r} is no safetensors file; a published checkpoint becomes a "
-            "folder by `eanet convert`"
+            f"model.init: {source!r} is no safetensors file; a published checkpoint of a "
+            "classifier becomes a folder by `eanet convert`, others are named published:FILE"
         )
     if path.is_dir():
         is_run = (path / RECIPE_NAME).is_file()
@@ -288,6 +310,50 @@ def _start_from(task: VisualTask, source: str) -> str:
     return f"start from {source}" + (f", fresh: {', '.join(fresh)}" if fresh else "")
 
 
+def _start_from_published(model: nn.Module, file: str) -> None:
+    """Fill a network with weights that others published under names of their own.
+
+    Raises:
+        UserError: the network has no such counterpart, or the file is of another one.
+    """
+    fill = getattr(model, "load_published_weights", None)
+    if fill is None:
+        raise UserError(
+            f"model.init: {type(model).__name__} takes no published weights; `eanet convert` "
+            "reads those of classifiers"
+        )
+    fill(read_checkpoint(file).tensors, source=file)
+
+
+def _start_backbone_from(model: nn.Module, source: str) -> None:
+    """Fill ``model.backbone`` with weights of a classifier.
+
+    Raises:
+        UserError: the network has no such backbone, or the weights are of another one.
+    """
+    backbone = getattr(model, "backbone", None)
+    fill = getattr(backbone, "load_imagenet_weights", None)
+    if fill is None:
+        raise UserError(
+            f"model.init: {type(model).__name__} has no backbone that takes weights by itself"
+        )
+    name = source.removeprefix("timm/")
+    if name == source:
+        fill(read_checkpoint(source).tensors, source=source)
+        return
+    import timm  # seconds to import
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"model.init: timm has no model {name!r}")
+    try:
+        classifier = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever its download raises
+        raise UserError(
+            f"model.init: the weights of timm's {name} cannot be had: {error}"
+        ) from error
+    fill(classifier.state_dict(), source=f"timm's {name}")
+
+
 def _evaluate_splits(
     opened: OpenRun,
     splits: Splits,
@@ -295,6 +361,7 @@ def _evaluate_splits(
     *,
     names: Sequence[str] = ("test",),
     checkpoint: Literal["best", "last"] = "best",
+    inspect: Callable[[Any], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of splits with raw and, where kept, averaged weights (``ema/...``)."""
     recipe = opened.recipe
@@ -314,10 +381,34 @@ def _evaluate_splits(
                 seed=recipe.train.seed,
                 precision=recipe.train.precision,
                 channels_last=recipe.train.channels_last,
+                inspect=inspect,
             )
             prefix = "ema/" if weights == "ema" else ""
             results.setdefault(name, {}).update({prefix + key: x for key, x in found.items()})
     return results
+
+
+def _evaluate_last(
+    opened: OpenRun, splits: Splits, processes: Processes
+) -> dict[str, dict[str, float]]:
+    """Return under ``last/...`` the metrics of the last step that a task wants beside the best's.
+
+    A task names them in its attribute ``last_metrics``; few have one. They are for results that
+    are usually the best of many looks, where the last is what a run can be relied on for.
+    """
+    wanted: Sequence[str] = getattr(opened.task, "last_metrics", ())
+    if not wanted:
+        return {}
+    names = ("validation", "test")
+    found = _evaluate_splits(opened, splits, processes, names=names, checkpoint="last")
+    return {
+        name: {
+            f"last/{key}": value
+            for key, value in metrics.items()
+            if key.removeprefix("ema/") in wanted
+        }
+        for name, metrics in found.items()
+    }
 
 
 def evaluate(
@@ -327,6 +418,7 @@ def evaluate(
     checkpoint: Literal["best", "last"] = "best",
     device: str = "auto",
     overrides: Sequence[str] = (),
+    predictions: Path | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a run on one of its splits.
 
@@ -336,19 +428,37 @@ def evaluate(
         checkpoint: the one with the best validation, or the newest.
         device: ``auto``, ``cpu``, ``cuda``, ...
         overrides: options that replace fields of the recipe, such as ``--data.root``.
+        predictions: a file for what was predicted, as JSON, for tasks whose metrics keep it
+            (detections in COCO's form); of the averaged weights where there are any.
 
     Returns:
         Metrics of the raw weights and, under ``ema/...``, of the averaged ones.
 
     Raises:
-        UserError: the folder is no run, or its data has no such split.
+        UserError: the folder is no run, its data has no such split, or its task keeps no
+            predictions.
     """
-    opened = open_run(folder, overrides=overrides)
+    opened = open_run(folder, overrides=overrides, needs_judge=True)
     splits = opened.load_splits()
     if split not in splits.named():
         raise unknown_name(f"split of data set {opened.recipe.data.name!r}:", split, splits.named())
     with join_processes(device) as processes:
-        found = _evaluate_splits(opened, splits, processes, names=(split,), checkpoint=checkpoint)
+
+        def keep(metrics: Any) -> None:
+            if not hasattr(metrics, "results"):
+                raise UserError(f"task {opened.recipe.task!r} keeps no predictions to write")
+            results = metrics.results()  # collects those of all processes
+            if processes.is_main and predictions is not None:
+                write_text(predictions, json.dumps(results) + "\n")
+
+        found = _evaluate_splits(
+            opened,
+            splits,
+            processes,
+            names=(split,),
+            checkpoint=checkpoint,
+            inspect=None if predictions is None else keep,
+        )
     return found[split]
 
 
@@ -360,7 +470,9 @@ def dry_run(recipe: Recipe, *, device: str = "auto") -> str:
     """
     with join_processes(device) as processes:
         splits = load_splits(recipe)
+        recipe = judges.without_training(recipe, Path())
         task = build_task(recipe, splits.facts, _model_arguments(recipe, splits.facts))
+        judges.hand_over(task, judges.find_judge(recipe, Path()), load=load)
         with TemporaryDirectory() as folder:
             short = replace(recipe.train, epochs=None, steps=1, compile=False)
             trainer = Trainer(

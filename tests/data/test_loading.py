@@ -18,6 +18,7 @@ from eanet.data.loading import (
     TrainingBatches,
     derive_seed,
 )
+from eanet.data.splits import Subset, batch_groups
 from eanet.errors import UserError
 
 
@@ -241,3 +242,29 @@ def test_impossible_settings_are_refused(num_samples, batch_size, options, messa
 def test_an_empty_split_cannot_be_evaluated():
     with pytest.raises(UserError, match="no samples"):
         EvaluationBatches(Numbers(0), transform=exactly, collate=stack, batch_size=2)
+
+
+def test_groups_share_their_batches():
+    groups = [index % 3 == 0 for index in range(50)]  # 17 and 33
+    plan = BatchPlan(50, 4, 1, groups)
+    for epoch in (0, 1):
+        batches = [plan.samples(12 * epoch + place) for place in range(plan.batches_per_epoch)]
+        seen = [index for batch in batches for at, index in batch if at == epoch]
+        assert len(seen) == len(set(seen)) == 48
+        mixed = [len({groups[index] for _, index in batch}) > 1 for batch in batches]
+        assert sum(mixed) <= 1
+        kinds = [groups[batch[0][1]] for batch in batches]
+        assert kinds not in (sorted(kinds), sorted(kinds, reverse=True))  # batches are shuffled
+    orders = [plan.order(epoch).tolist() for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    assert BatchPlan(50, 4, 1, groups).order(1).tolist() == orders[1]
+    assert sorted(orders[0]) == list(range(50))
+    with pytest.raises(ValueError, match="3 groups for 50 samples"):
+        BatchPlan(50, 4, 1, [0, 0, 1])
+
+
+def test_groups_pass_through_subsets():
+    numbers = Numbers(6)
+    assert batch_groups(Subset(numbers, [1, 2])) is None
+    numbers.batch_groups = [0, 0, 1, 1, 2, 2]
+    assert batch_groups(Subset(Subset(numbers, [0, 2, 4]), [2, 1])) == [2, 1]

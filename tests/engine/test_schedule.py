@@ -57,6 +57,15 @@ def test_poly_ends_at_zero_after_its_length():
     assert factors(timetable(steps=11), name="poly", cooldown=1)[-1] == 0.0
 
 
+def test_a_held_rate_catches_up_with_the_curve():
+    every_step = factors(timetable(steps=8), name="poly")
+    held = factors(timetable(steps=8), name="poly", hold=3)
+    assert held == [every_step[step - step % 3] for step in range(8)]
+    assert factors(timetable(steps=11), name="poly", hold=10, cooldown=1)[-1] == 0.0
+    with pytest.raises(UserError, match=r"schedule\.hold"):
+        ScheduleSpec(hold=0)
+
+
 def test_steps_decay_at_milestones():
     found = factors(timetable(steps=5), name="step", milestones=(3, 1), gamma=0.1)
     assert found == pytest.approx([1.0, 0.1, 0.1, 0.01, 0.01])
@@ -105,11 +114,26 @@ def test_a_run_shorter_than_its_schedule_has_rates(spec):
         {"warmup_lr": -0.1},
         {"name": "line"},
         {"interval": "day"},
+        {"warmup_interval": "day"},
     ],
 )
 def test_impossible_schedules_are_refused(spec):
     with pytest.raises(UserError, match=f"schedule.{next(iter(spec))}"):
         factors(timetable(steps=2), **spec)
+
+
+def test_warm_up_in_steps_of_a_curve_in_epochs():
+    found = factors(
+        timetable(epochs=3, batches_per_epoch=4),
+        name="step",
+        interval="epoch",
+        milestones=(1, 2),
+        warmup=6,
+        warmup_interval="step",
+        warmup_lr=0.001,
+    )
+    expected = [1 - (1 - step / 6) * (1 - 0.001) for step in range(6)]
+    assert found == pytest.approx([*expected, 0.1, 0.1, *[0.01] * 4])
 
 
 def test_validations_of_a_run_in_epochs():

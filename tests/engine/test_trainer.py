@@ -411,3 +411,30 @@ def test_ten_thousand_steps_do_not_leak(tmp_path):
     trainer.fit()
     assert len(sizes) == 20
     assert sizes[-1] <= 1.01 * sizes[3]
+
+
+def test_a_task_draws_after_each_validation_without_changing_the_run(tmp_path, capsys):
+    """Networks hold the averages meanwhile; what is drawn from the generators is of no account."""
+    seen = []
+
+    def show(folder, step, metrics):
+        weight = drawing.networks["model"].stem.weight
+        assert not drawing.networks["model"].training
+        average = drawing.averages.weights["model"]["stem.weight"]
+        assert torch.equal(weight, average)
+        seen.append((folder, step, metrics["ema/accuracy"]))
+        torch.randn(3)
+        return ["drawn"]
+
+    plain = toy_trainer(tmp_path / "plain")
+    plain.fit()
+    drawing = toy_trainer(tmp_path / "drawing")
+    drawing._quiet = False
+    drawing.task.show_progress = show
+    drawing.fit()
+    assert_same_run(tmp_path / "plain", tmp_path / "drawing")
+    assert [(folder, step) for folder, step, _ in seen] == [
+        (tmp_path / "drawing", step) for step in (5, 10, 12)
+    ]
+    output = capsys.readouterr()
+    assert (output.out + output.err).count("drawn") == 3

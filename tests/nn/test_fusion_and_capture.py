@@ -116,3 +116,15 @@ def test_mask_reaches_the_map():
             layer(*arguments[0], **arguments[1])
         assert (maps[""][0, 2] == 0).all()
         assert (maps[""][0, :2] > 0).all()
+
+
+def test_saliency_divided_by_its_sum_over_slots_is_the_attention():
+    block = ExternalAttention2d(12, 5).double()
+    x = 3 * torch.randn(2, 12, 4, 6, dtype=torch.float64)
+    mask = torch.ones(2, 4, 6, dtype=torch.bool)
+    mask[1, 2:] = False
+    for given in (None, mask):
+        saliency = block.saliency_map(x, given)
+        torch.testing.assert_close(saliency.sum(dim=(2, 3)), torch.ones(2, 5).double())
+        shares = saliency / (block.eps + saliency.sum(dim=1, keepdim=True))
+        torch.testing.assert_close(shares, block.attention_map(x, given), rtol=1e-9, atol=1e-12)

@@ -3,12 +3,17 @@
 Examples:
   eanet predict runs/try photo.png --out predictions
   eanet predict runs/try folder/of/images --out predictions --no-pictures
+
+Fields of the run's recipe are options here too, such as how a task evaluates (--options.NAME).
 """
 
 import argparse
 from pathlib import Path
 
 from eanet.cli import _options as options
+
+#: what argparse does not know is an override of a recipe's field
+TAKES_OVERRIDES = True
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +41,7 @@ def execute(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         pictures=not arguments.no_pictures,
         device=arguments.device,
+        overrides=arguments.overrides,
     )
     for failure in prediction.failures:
         print(f"  left out: {failure}")

@@ -109,6 +109,8 @@ class BatchPlan:
         num_samples: size of the training split.
         batch_size: samples of a batch over all processes and micro-batches.
         seed: of the order.
+        groups: a number for each sample, so that batches are made of samples of one number. What
+            is left of the groups in an epoch fills mixed batches; every batch has its full size.
 
     Raises:
         UserError: the split does not fill one batch.
@@ -117,6 +119,7 @@ class BatchPlan:
     num_samples: int
     batch_size: int
     seed: int
+    groups: Sequence[int] | None = field(default=None, repr=False)
     _orders: dict[int, np.ndarray] = field(
         default_factory=dict[int, np.ndarray], init=False, repr=False
     )
@@ -129,6 +132,8 @@ class BatchPlan:
                 f"the training split has {self.num_samples} samples, fewer than one batch; "
                 f"set data.batch_size to {self.num_samples} or less (it is {self.batch_size})"
             )
+        if self.groups is not None and len(self.groups) != self.num_samples:
+            raise ValueError(f"{len(self.groups)} groups for {self.num_samples} samples")
 
     @property
     def batches_per_epoch(self) -> int:
@@ -144,10 +149,26 @@ class BatchPlan:
         if epoch not in self._orders:
             words = np.random.PCG64(derive_seed("order", self.seed, epoch))
             order = np.argsort(words.random_raw(self.num_samples), kind="stable")
+            if self.groups is not None:
+                order = self._grouped(order, words)
             if len(self._orders) >= 2:
                 del self._orders[min(self._orders)]
             self._orders[epoch] = order
         return self._orders[epoch]
+
+    def _grouped(self, order: np.ndarray, words: np.random.PCG64) -> np.ndarray:
+        """Return an order regrouped so that batches hold one group each, batches shuffled."""
+        groups = np.asarray(self.groups)[order]
+        parts = [order[groups == group] for group in np.unique(groups)]
+        size = self.batch_size
+        whole = [part[: len(part) // size * size].reshape(-1, size) for part in parts]
+        rest = np.concatenate([part[len(part) // size * size :] for part in parts])
+        # in the order of the epoch, so that what is dropped at its end is left to chance
+        rest = order[np.isin(order, rest)]
+        filled = len(rest) // size * size
+        batches = np.concatenate([*whole, rest[:filled].reshape(-1, size)])
+        shuffled = batches[np.argsort(words.random_raw(len(batches)), kind="stable")]
+        return np.concatenate([shuffled.ravel(), rest[filled:]])
 
     def samples(self, batch: int) -> list[tuple[int, int]]:
         """Return (epoch, index) of the samples of a batch, in order."""

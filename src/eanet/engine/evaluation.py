@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,7 +15,14 @@ from eanet.data.splits import Dataset
 from eanet.engine.distributed import Processes, broadcast_state, gathered
 from eanet.engine.task import Task
 
-__all__ = ["TrainableTask", "autocast", "evaluate", "evaluate_unless", "evaluating"]
+__all__ = [
+    "TrainableTask",
+    "autocast",
+    "evaluate",
+    "evaluate_unless",
+    "evaluating",
+    "show_progress",
+]
 
 
 class TrainableTask(Task, Protocol):
@@ -63,6 +71,7 @@ def evaluate(
     seed: int = 0,
     precision: Literal["float32", "bfloat16"] = "float32",
     channels_last: bool = False,
+    inspect: Callable[[Any], object] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a task's networks on a split.
 
@@ -78,6 +87,8 @@ def evaluate(
         seed: of what the task draws.
         precision: of the networks.
         channels_last: whether 4-D inputs are stored channels last.
+        inspect: is shown the metrics as the task made them, on every process, when all samples
+            have been added.
 
     Raises:
         UserError: the split is empty or a sample is unusable.
@@ -92,6 +103,7 @@ def evaluate(
         precision=precision,
         channels_last=channels_last,
         stop=lambda: False,
+        inspect=inspect,
     )
     assert metrics is not None
     return metrics
@@ -109,6 +121,7 @@ def evaluate_unless(
     precision: Literal["float32", "bfloat16"],
     channels_last: bool,
     stop: Callable[[], bool],
+    inspect: Callable[[Any], object] | None = None,
 ) -> dict[str, float] | None:
     """Do the work of :func:`evaluate`; return ``None`` as soon as ``stop()`` is true."""
     device = processes.device
@@ -137,4 +150,40 @@ def evaluate_unless(
                 task.validation_step(batch.to(device, channels_last=channels_last), metrics)
     if processes.any(stop()):
         return None
+    if inspect is not None:
+        inspect(metrics)
     return {name: float(value) for name, value in metrics.compute().items()}
+
+
+@torch.no_grad()
+def show_progress(
+    task: TrainableTask,
+    folder: Path,
+    *,
+    step: int,
+    metrics: Mapping[str, float],
+    processes: Processes,
+) -> list[str]:
+    """Let a task that offers ``show_progress`` draw what its networks do after a validation.
+
+    A task may offer ``show_progress(folder, step, metrics) -> Sequence[str]``: it writes pictures
+    into the folder and returns lines to print. It is called by the main process, the networks in
+    evaluation mode; what it draws from torch's generators does not change the training.
+
+    Args:
+        task: whose networks hold what was validated.
+        folder: of the run.
+        step: that were done.
+        metrics: of the validation.
+        processes: of the run; all of them must call this.
+
+    Returns:
+        The lines, on the main process.
+    """
+    show = getattr(task, "show_progress", None)
+    if show is None:
+        return []
+    device = processes.device
+    seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with evaluating(task.networks), gathered(task.networks), seeded:
+        return list(show(folder, step, metrics)) if processes.is_main else []

@@ -91,13 +91,14 @@ def learning_rate_factor(spec: ScheduleSpec, timetable: Timetable) -> Callable[[
     - ``constant``: 1
 
     During the warm-up the factor rises linearly from ``warmup_lr`` to 1 instead; the clock t of
-    the curve is not shifted by it.
+    the curve is not shifted by it. With ``hold`` the clock t moves in steps of that many units.
 
     Raises:
         UserError: a field is out of its range.
     """
     _check(spec)
     by_epoch = spec.interval == "epoch"
+    warms_by_epoch = (spec.warmup_interval or spec.interval) == "epoch"
     length = timetable.total_epochs if by_epoch else timetable.total_steps
     curve_length = length - (spec.cooldown if spec.name in ("cosine", "poly") else 0)
     milestones = sorted(spec.milestones)
@@ -106,9 +107,11 @@ def learning_rate_factor(spec: ScheduleSpec, timetable: Timetable) -> Callable[[
         return spec.min_lr + (1.0 - spec.min_lr) * share
 
     def factor(step: int) -> float:
+        warm = timetable.epoch(step) if warms_by_epoch else step
+        if warm < spec.warmup:
+            return spec.warmup_lr + warm * (1.0 - spec.warmup_lr) / spec.warmup
         time = timetable.epoch(step) if by_epoch else step
-        if time < spec.warmup:
-            return spec.warmup_lr + time * (1.0 - spec.warmup_lr) / spec.warmup
+        time -= time % spec.hold
         match spec.name:
             case "constant":
                 return 1.0
@@ -125,6 +128,8 @@ def learning_rate_factor(spec: ScheduleSpec, timetable: Timetable) -> Callable[[
 
 
 def _check(spec: ScheduleSpec) -> None:
+    if spec.hold < 1:
+        raise UserError(f"schedule.hold must be 1 or more, got {spec.hold}")
     for name in ("warmup", "cooldown"):
         if getattr(spec, name) < 0:
             raise UserError(f"schedule.{name} must be 0 or more, got {getattr(spec, name)}")
@@ -134,5 +139,9 @@ def _check(spec: ScheduleSpec) -> None:
             raise UserError(f"schedule.{name} is a share of the base rate in [0, 1], got {value}")
     if spec.name not in ("constant", "cosine", "poly", "step"):
         raise UserError(f"schedule.name must be constant, cosine, poly or step, got {spec.name!r}")
+    if spec.warmup_interval not in ("step", "epoch", None):
+        raise UserError(
+            f"schedule.warmup_interval must be step, epoch or null, got {spec.warmup_interval!r}"
+        )
     if spec.interval not in ("step", "epoch"):
         raise UserError(f"schedule.interval must be step or epoch, got {spec.interval!r}")

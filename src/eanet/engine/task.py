@@ -109,6 +109,9 @@ class VisualTask(Task, Protocol):
     #: how the paper's tables call `best_metric`, and the factor to their unit
     published_metric: ClassVar[tuple[str, float]]
 
+    # A task may name metrics in `last_metrics`: those of the newest checkpoint are then reported
+    # beside those of the best one, under "last/...".
+
     model: nn.Module
     facts: dict[str, Any]
 
@@ -145,7 +148,11 @@ class VisualTask(Task, Protocol):
         ...
 
     def predict_batch(self, batch: Any) -> list[dict[str, Any]]:
-        """Return one record of JSON values for each sample of the batch."""
+        """Return one record for each sample of the batch.
+
+        Values are JSON; those under names that begin with an underscore may be anything: they are
+        for :meth:`save_prediction` and are not written into the tables.
+        """
         ...
 
     def save_prediction(self, sample: Any, record: Mapping[str, Any], stem: Path) -> list[Path]:

@@ -11,7 +11,7 @@ same bits as one that was not.
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from eanet.data.loading import BatchPlan, MicroBatch, TrainingBatches, derive_seed, seed_generators
-from eanet.data.splits import Splits
+from eanet.data.splits import Splits, batch_groups
 from eanet.engine.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -30,7 +30,7 @@ from eanet.engine.checkpoint import (
 from eanet.engine.continuation import check_continuation, continuation_facts
 from eanet.engine.distributed import Processes, exchanges_gradients, spread, whole
 from eanet.engine.ema import AveragedWeights
-from eanet.engine.evaluation import TrainableTask, autocast, evaluate_unless
+from eanet.engine.evaluation import TrainableTask, autocast, evaluate_unless, show_progress
 from eanet.engine.interruption import Interrupted, SignalWatch, watch_signals
 from eanet.engine.optim import build_optimizer, set_learning_rate
 from eanet.engine.progress import Journal
@@ -86,7 +86,9 @@ class Trainer:
         self._quiet, self._tensorboard = quiet, tensorboard
         _check(recipe, task)
         spec = recipe.train
-        self.plan = BatchPlan(len(splits.train), recipe.data.batch_size, spec.seed)
+        self.plan = BatchPlan(
+            len(splits.train), recipe.data.batch_size, spec.seed, batch_groups(splits.train)
+        )
         self.timetable = Timetable.of(
             spec,
             batches_per_epoch=self.plan.batches_per_epoch,
@@ -426,6 +428,7 @@ class Trainer:
             return False
         if metrics:
             journal.validation(self.state.step, metrics)
+        self._show_progress(journal, metrics)
         self.state.note_validation(
             metrics,
             metric=self.task.best_metric,
@@ -433,6 +436,19 @@ class Trainer:
             weights="raw" if self.averages is None else "ema",
         )
         return True
+
+    def _show_progress(self, journal: Journal, metrics: Mapping[str, float]) -> None:
+        """Let the task draw, with the averaged weights where there are any, and print remarks."""
+        averaged = nullcontext() if self.averages is None else self.averages.applied()
+        with averaged, self._task_calls(self._evaluated):
+            for line in show_progress(
+                self.task,
+                self.folder.path,
+                step=self.state.step,
+                metrics=metrics,
+                processes=self.processes,
+            ):
+                journal.say(line)
 
     def _measure(self, signals: SignalWatch) -> dict[str, float] | None:
         assert self.splits.validation is not None

@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 from eanet import registry
+from eanet.data.cifar10 import Cifar10
+from eanet.data.imagenet import ImageNet, TinyImageNet
 from eanet.data.splits import Subset
 from eanet.errors import UserError
 from eanet.tasks.classification.builtin import Digits
-from eanet.tasks.classification.cifar10 import Cifar10
 from eanet.tasks.classification.datasets import (
     FashionMnist,
     ImageFolder,
     labels_of,
     pixel_statistics,
 )
-from eanet.tasks.classification.imagenet import ImageNet, TinyImageNet
 
 
 def write_images(folder, classes, count, *, start=0):

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from eanet import registry
 from eanet.data.files import decode_image
-from eanet.data.splits import Dataset, Splits, Subset, carve_validation
+from eanet.data.splits import Dataset, Splits, with_validation
 from eanet.engine.task import Update
-from eanet.errors import UserError
 from eanet.recipe import DataSpec
 from eanet.report.page import Section
 from eanet.tasks.classification import pictures, transforms
@@ -110,21 +109,8 @@ class ClassificationTask:
         source = registry.dataset("classification", data.name)
         registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
         splits: Splits = source(data.root, **data.arguments).splits
-        if splits.validation is not None:
-            return splits
-        labels = labels_of(splits.train)
-        try:
-            train, validation = carve_validation(
-                labels, len(labels), data.validation_fraction, seed=seed
-            )
-        except ValueError as error:
-            raise UserError(f"data set {data.name!r}: validation_fraction: {error}") from error
-        return Splits(
-            train=Subset(splits.train, train),
-            validation=Subset(splits.train, validation),
-            test=splits.test,
-            facts=splits.facts,
-        )
+        labels = labels_of(splits.train) if splits.validation is None else None
+        return with_validation(splits, labels, data.validation_fraction, seed=seed, name=data.name)
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Boxes and instance masks: five detectors, each with and without external attention."""

@@ -1,0 +1,1 @@
+"""Image generation: adversarial networks, with external attention and with what it replaces."""
