@@ -43,8 +43,8 @@ def start_from(model: nn.Module, source: str, *, load: Callable[[Path], nn.Modul
     path = Path(source)
     if path.suffix in (".pt", ".pth", ".tar", ".bin", ".ckpt"):
         raise UserError(
-            f"model.init: {source!r} is no safetensors file; a published checkpoint becomes a "
-            "folder by `eanet convert`"
+            f"model.init: {source!r} is no safetensors file; a published checkpoint of a "
+            "classifier becomes a folder by `eanet convert`, others are named published:FILE"
         )
     if path.is_dir():
         tensors = load(path).state_dict()
