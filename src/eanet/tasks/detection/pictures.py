@@ -23,7 +23,7 @@ __all__ = ["annotated", "attention_sections", "drawn", "examples_section", "scor
 #: longer side that small images are enlarged to before lines are drawn
 _SHOWN_PIXELS = 480
 #: detections of lower scores are left out of pictures
-_MIN_SHOWN_SCORE = 0.3
+_MIN_SHOWN_SCORE = 0.5
 _MASK_OPACITY = 0.45
 #: categories named in a table or drawn as curves
 _MAX_CLASSES_TABLED, _MAX_CURVES = 90, 7
