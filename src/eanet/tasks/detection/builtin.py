@@ -87,7 +87,7 @@ class DrawnScenes:
         root: str | None = None,
         *,
         image_size: int = 96,
-        num_train: int = 1600,
+        num_train: int = 1800,
         num_test: int = 100,
     ) -> None:
         if root is not None:
