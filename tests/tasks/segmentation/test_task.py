@@ -113,10 +113,24 @@ def test_images_are_judged_at_their_own_size():
     batch = task.collate([task.evaluation_transform(sample) for sample in samples])
     metrics = task.new_metrics(torch.device("cpu"))
     with torch.no_grad():
-        found = task.class_scores(batch)
+        found = list(task.class_scores(batch))
         task.validation_step(batch, metrics)
     assert [tuple(scores.shape[1:]) for scores in found] == sizes
     assert int(metrics.confusion_matrix().sum()) == sum(a * b for a, b in sizes)
+
+
+@torch.no_grad()
+def test_large_images_go_through_few_at_a_time(monkeypatch):
+    task = build()
+    task.model.eval()
+    batch = batch_of(task, SPLITS.test, range(5))
+    whole = list(task.class_scores(batch))
+    seen = []
+    task.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr("eanet.tasks.segmentation.task._MAX_SCORE_VALUES", 2 * 7 * 64 * 64)
+    parts = list(task.class_scores(batch))
+    assert seen == [2, 2, 1]
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("merge", ["logits", "probabilities"])

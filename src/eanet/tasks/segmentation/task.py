@@ -25,6 +25,8 @@ from eanet.tasks.segmentation.transforms import Convention, TrainingTransform
 
 __all__ = ["SegmentationTask"]
 
+#: scores that are held at a time: 256 MiB of float32
+_MAX_SCORE_VALUES = 2**26
 #: training images that a baseline looks at
 _MAX_BASELINE_IMAGES = 200
 
@@ -257,16 +259,22 @@ class SegmentationTask:
             loss = pixel_loss(logits.unsqueeze(0), own.unsqueeze(0), reduction="valid_pixels")
             metrics.update(scored.argmax(dim=0), own, loss)
 
-    def class_scores(self, batch: Batch) -> list[Tensor]:
-        """Return the scores (classes, height, width) of each image, by the protocol."""
-        network = self.networks["model"]
-        return segment(
-            network,
-            self._normalized(batch.images),
-            batch.sizes,
-            self.protocol,
-            takes_masks=getattr(self.model, "takes_masks", False),
-        )
+    def class_scores(self, batch: Batch) -> Iterator[Tensor]:
+        """Yield the scores (classes, height, width) of each image, by the protocol.
+
+        Few images at a time go through the network where they are large, so that scores of many
+        megapixels do not have to be held for a whole batch.
+        """
+        values = len(self.class_names) * batch.images.shape[2] * batch.images.shape[3]
+        step = max(1, _MAX_SCORE_VALUES // values)
+        for start in range(0, len(batch), step):
+            yield from segment(
+                self.networks["model"],
+                self._normalized(batch.images[start : start + step]),
+                batch.sizes[start : start + step],
+                self.protocol,
+                takes_masks=getattr(self.model, "takes_masks", False),
+            )
 
     # prediction
 
