@@ -1,4 +1,4 @@
-"""Published checkpoints of EAMLP and T2T-ViT become networks of this package, and back.
+"""Published checkpoints of EAMLP, T2T-ViT and EANet become networks of this package, and back.
 
 The configuration is read from the names and shapes of the tensors: which attention is in stem and
 backbone, width, depth, heads, slots, classes, channels and size of the image.
@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eanet import registry
+from eanet import convert_points, registry
 from eanet.errors import UserError
-from eanet.published_file import Weights, read_checkpoint
+from eanet.published_file import Checkpoint, Weights, read_checkpoint
 from eanet.tasks.classification.official_keys import (
     Naming,
     from_official,
@@ -29,6 +29,8 @@ from eanet.tasks.classification.official_keys import (
 from eanet.tasks.classification.positions import resize_table, sinusoid_table
 from eanet.tasks.classification.t2t_vit import T2TViT
 from eanet.tasks.classification.tokens_to_token import SoftSplit
+from eanet.tasks.segmentation import official_keys as segmentation
+from eanet.tasks.segmentation.eanet import Segmenter
 
 __all__ = [
     "export_published",
@@ -40,13 +42,10 @@ __all__ = [
 
 #: the published networks see images through three soft splits of these sizes
 _KERNELS, _STRIDES = (7, 3, 3), (4, 2, 2)
-#: what published networks were evaluated with: 224 pixels out of 248 (T2T-ViT's settings)
-_EVALUATION = {
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "crop_fraction": 0.9,
-    "interpolation": "bicubic",
-}
+#: what published networks were evaluated with
+_EVALUATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+#: 224 pixels out of 248 (T2T-ViT's settings)
+_CROP_FRACTION = 0.9
 #: endings that are written as PyTorch's own files; `.safetensors` is the other choice
 _PICKLED_SUFFIXES = (".pth", ".pt", ".pth.tar", ".pkl")
 
@@ -210,8 +209,9 @@ def load_published(
     num_heads: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     positions: Literal["regenerate", "resize"] | None = None,
-) -> T2TViT:
-    """Build the network of a published EAMLP or T2T-ViT checkpoint, in evaluation mode.
+    output_stride: int | None = None,
+) -> Any:
+    """Build the network of a published EAMLP, T2T-ViT, EANet or PCT checkpoint, for evaluation.
 
     Args:
         path: the file, see :func:`eanet.published_file.read_checkpoint`.
@@ -223,6 +223,8 @@ def load_published(
         positions: rows of another image size than the file's: ``"regenerate"`` the sinusoid,
             ``"resize"`` the file's table. ``None`` regenerates where the file has the sinusoid,
             within 1e-6, and resizes where it has a table of its own.
+        output_stride: of a segmentation network, which no tensor tells; ``None`` for 8, the
+            authors' own setting. The three above are for classifiers alone.
 
     Returns:
         The network; its attribute ``facts`` says where it comes from and how published networks
@@ -233,6 +235,18 @@ def load_published(
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights=weights)
+    given = {"num_heads": num_heads, "image_size": image_size, "positions": positions}
+    if segmentation.is_official(checkpoint.tensors):
+        _refuse_given(path, "a segmentation network", given)
+        segmenter = segmentation.build_official(
+            checkpoint.tensors, source=str(path), output_stride=output_stride or 8
+        )
+        return _described(segmenter, path, checkpoint)
+    stride = {"output_stride": output_stride}
+    if convert_points.is_published(checkpoint.tensors):
+        _refuse_given(path, "a network for point clouds", given | stride)
+        return convert_points.load_published(checkpoint, path)
+    _refuse_given(path, "a classifier", stride)
     shapes = _Shapes(checkpoint.tensors, str(path))
     arguments, naming = published_arguments(
         checkpoint.tensors, source=str(path), num_heads=num_heads
@@ -253,17 +267,41 @@ def load_published(
     if any(tensor.dtype == torch.float64 for tensor in state.values()):
         model.double()  # float32 would round
     model.load_state_dict(state)
+    return _described(model, path, checkpoint, naming=naming, crop_fraction=_CROP_FRACTION)
+
+
+def _refuse_given(path: Path, what: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that mean nothing for the network of a file."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise UserError(f"{path}: holds {what}, for which {name} has no meaning")
+
+
+def _described(
+    model: Any,
+    path: Path,
+    checkpoint: Checkpoint,
+    *,
+    crop_fraction: float | None = None,
+    **facts: Any,
+) -> Any:
+    """Return a network in evaluation mode that says where it comes from and what it was fed."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    evaluation: dict[str, Any] = {}
+    if model.in_channels == 3:
+        evaluation = dict(_EVALUATION)
+        if crop_fraction is not None:
+            evaluation |= {"crop_fraction": crop_fraction, "interpolation": "bicubic"}
     model.facts = {
         "num_classes": model.num_classes,
         "in_channels": model.in_channels,
-        **(_EVALUATION if model.in_channels == 3 else {}),
+        **evaluation,
         "published": {
             "file": path.name,
             "sha256": digest,
             "weights": checkpoint.weights,
-            "naming": naming,
+            **facts,
             **checkpoint.facts,
         },
     }
@@ -368,7 +406,7 @@ def export_published(model: nn.Module, path: str | Path, *, naming: Naming | Non
     """Write a network under the names of the authors' code.
 
     Args:
-        model: EAMLP or T2T-ViT with a class token and layer norm.
+        model: EAMLP or T2T-ViT with a class token and layer norm, or EANet.
         path: the file: ``.pth``, ``.pth.tar``, ``.pt`` (a dictionary with ``state_dict`` and
             ``arch``) or ``.safetensors`` (the tensors alone).
         naming: which of the authors' two files names the memories of the stem; ``None`` for the
@@ -399,9 +437,12 @@ def export_published(model: nn.Module, path: str | Path, *, naming: Naming | Non
 
 def published_tensors(model: nn.Module, naming: Naming) -> dict[str, Tensor]:
     """Return the tensors of a network under the authors' names, see :func:`export_published`."""
+    if isinstance(model, Segmenter):
+        return segmentation.to_official(model.state_dict())
     if not isinstance(model, T2TViT):
         raise UserError(
-            f"only EAMLP and T2T-ViT were published as such files, not {type(model).__name__}"
+            "only EAMLP, T2T-ViT and EANet were published as such files, "
+            f"not {type(model).__name__}"
         )
     splits = [(split.kernel, split.stride) for split in model.stem.splits]  # pyright: ignore
     if splits != list(zip(_KERNELS, _STRIDES, strict=True)):

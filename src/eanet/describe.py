@@ -99,16 +99,21 @@ def check_data(
     Args:
         name: a registered data set.
         root: its folder; ``None`` for data that needs no download.
-        task: the task whose samples are shown; by default the first that has such a data set.
+        task: the task whose data set is meant; where several have one of that name, ``None``
+            takes the first of them, and the report says so.
         samples: look at the first so many samples of each split only.
 
     Raises:
         UserError: the data set is unknown or cannot be opened at all.
     """
-    room = registry.task(_task_of(name, task))
+    tasks = [task] if task else _tasks_with(name)
+    room = registry.task(tasks[0])
     spec = DataSpec(name=name, root=None if root is None else str(root))
     splits = room.load_splits(spec, seed=0)
-    lines, failures = [f"{name}{'' if root is None else f' in {root}'}"], []
+    title = f"{name}{'' if root is None else f' in {root}'}"
+    if len(tasks) > 1:
+        title += f", as {tasks[0]} reads it (--task takes {', '.join(tasks)})"
+    lines, failures = [title], []
     for split_name, split in splits.named().items():
         count = len(split) if samples is None else min(samples, len(split))
         broken = 0
@@ -127,15 +132,15 @@ def check_data(
     return DataReport("\n".join(lines), failures)
 
 
-def _task_of(name: str, task: str | None) -> str:
-    """Return the first task that has a data set of a name; one name means the same files in all."""
-    having = [room for room in registry.tasks() if name in registry.datasets(room)]
-    if task is not None:
-        return task
+def _tasks_with(name: str) -> list[str]:
+    """Return the tasks that have a data set of a name."""
+    # a room's further tasks share the data sets of its first, which bears its name
+    rooms = [task for task in registry.tasks() if registry.room_of(task) == task]
+    having = [room for room in rooms if name in registry.datasets(room)]
     if not having:
-        known = {key for room in registry.tasks() for key in registry.datasets(room)}
+        known = {key for room in rooms for key in registry.datasets(room)}
         raise unknown_name("data set", name, known)
-    return having[0]
+    return having
 
 
 def _shorten(value: Any, limit: int = 90) -> str:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from eanet import registry
 from eanet._version import __version__
 from eanet.errors import UserError
+from eanet.nn.insertion import BLOCK_NAME
 
 __all__ = [
     "copy_weights",
@@ -280,8 +281,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def copy_weights(
     model: nn.Module, tensors: dict[str, Tensor], *, source: str, allow_new_head: bool = False
 ) -> list[str]:
-    """Copy tensors into a network by name, strictly; see :func:`load_weights`."""
+    """Copy tensors into a network by name, strictly; see :func:`load_weights`.
+
+    With ``allow_new_head`` a block of external attention that was inserted since the tensors were
+    saved keeps its fresh values too.
+    """
     own = model.state_dict()
+    inserted = [n for n in own.keys() - tensors.keys() if f".{BLOCK_NAME}." in n]
+    if allow_new_head:
+        tensors = {**tensors, **{name: own[name] for name in inserted}}
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         name = (missing or unexpected)[0]

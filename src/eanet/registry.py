@@ -33,6 +33,7 @@ __all__ = [
     "register_dataset",
     "register_model",
     "register_task",
+    "room_of",
     "task",
     "tasks",
 ]
@@ -46,7 +47,9 @@ _EXTRA_OF = {
     **dict.fromkeys(
         ["torchvision", "timm", "torchmetrics", "sklearn", "PIL", "matplotlib"], "train"
     ),
+    **dict.fromkeys(["faster_coco_eval", "scipy"], "train"),
     **dict.fromkeys(["jsonargparse", "yaml", "rich", "tensorboard", "psutil"], "train"),
+    **dict.fromkeys(["h5py", "trimesh", "scipy"], "train"),
     **dict.fromkeys(["onnx", "onnxscript", "onnxruntime"], "export"),
     "gradio": "app",
 }
@@ -63,9 +66,13 @@ def register_dataset(name: str) -> Callable[[_Object], _Object]:
     return lambda cls: cls
 
 
-def register_task(cls: _Object) -> _Object:
-    """Mark the class of a task; its name is that of its folder."""
-    return cls
+def register_task(cls_or_name: Any) -> Any:
+    """Mark the class of a task; its name is that of its folder, unless another is given.
+
+    A room with several tasks names the others ``<folder>_<what they do>``; data sets and models
+    belong to the room, whichever of its tasks asks.
+    """
+    return (lambda cls: cls) if isinstance(cls_or_name, str) else cls_or_name
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,8 @@ def _marked(path: Path) -> Iterator[tuple[_Kind, str, str, str]]:
                 case "register_model":
                     yield "model", node.name, node.name, summary
                 case "register_task":
-                    yield "task", path.parent.name, node.name, summary
+                    name = ast.literal_eval(called.args[0]) if called else path.parent.name
+                    yield "task", name, node.name, summary
                 case "register_dataset" if called:
                     yield "dataset", ast.literal_eval(called.args[0]), node.name, summary
                 case _:
@@ -152,9 +160,15 @@ def tasks() -> dict[str, Entry]:
     return _entries("task")
 
 
+def room_of(task: str) -> str:
+    """Return the folder of ``eanet/tasks`` that a task lives in; imports nothing."""
+    known = tasks()
+    return known[task].task if task in known else task
+
+
 def datasets(task: str) -> dict[str, Entry]:
-    """Return the data sets of a task by name; imports nothing."""
-    return _entries("dataset", task)
+    """Return the data sets of a task, or of its room, by name; imports nothing."""
+    return _entries("dataset", room_of(task))
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -243,11 +257,15 @@ def recipes() -> dict[str, Recipe]:
 
 
 def demos() -> dict[str, str]:
-    """Return for each task the id of the recipe that ``eanet demo`` runs (``DEMO`` of a module)."""
+    """Return for each task the id of the recipe that ``eanet demo`` runs (``DEMO`` of a module).
+
+    ``DEMO`` is a key of the module's recipes, or several keys, one for each task of a room.
+    """
     return {
-        module.RECIPES[module.DEMO].task: f"{name}/{module.DEMO}"
+        module.RECIPES[key].task: f"{name}/{key}"
         for name, module in _recipe_modules()
         if hasattr(module, "DEMO")
+        for key in ([module.DEMO] if isinstance(module.DEMO, str) else module.DEMO)
     }
 
 

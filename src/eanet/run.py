@@ -12,7 +12,8 @@ A run folder holds everything a run is and has become::
     report.html        the page about the run
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,7 +68,8 @@ class RunResult:
     Args:
         folder: the run folder.
         metrics: for each split the metrics of the best checkpoint, averaged weights under
-            ``ema/...``; ``baselines`` holds simple methods on the test split.
+            ``ema/...``, those of the newest checkpoint that a task asks for under ``last/...``;
+            ``baselines`` holds simple methods on the test split.
         page: the page about the run; ``None`` on processes that write none.
     """
 
@@ -283,6 +285,9 @@ def _start_from(task: VisualTask, source: str) -> None:
     if source.startswith("backbone:"):
         _start_backbone_from(task.model, source.removeprefix("backbone:"))
         return
+    if source.startswith("published:"):
+        _start_from_published(task.model, source.removeprefix("published:"))
+        return
     path = Path(source)
     if path.is_dir() and (path / RECIPE_NAME).is_file():
         tensors = load(path).state_dict()
@@ -292,6 +297,21 @@ def _start_from(task: VisualTask, source: str) -> None:
         hub.load_weights(task.model, path, allow_new_head=True)
         return
     hub.copy_weights(task.model, tensors, source=source, allow_new_head=True)
+
+
+def _start_from_published(model: nn.Module, file: str) -> None:
+    """Fill a network with weights that others published under names of their own.
+
+    Raises:
+        UserError: the network has no such counterpart, or the file is of another one.
+    """
+    fill = getattr(model, "load_published_weights", None)
+    if fill is None:
+        raise UserError(
+            f"model.init: {type(model).__name__} takes no published weights; `eanet convert` "
+            "reads those of classifiers"
+        )
+    fill(read_checkpoint(file).tensors, source=file)
 
 
 def _start_backbone_from(model: nn.Module, source: str) -> None:
@@ -330,6 +350,7 @@ def _evaluate_splits(
     *,
     names: Sequence[str] = ("test",),
     checkpoint: Literal["best", "last"] = "best",
+    inspect: Callable[[Any], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of splits with raw and, where kept, averaged weights (``ema/...``)."""
     recipe = opened.recipe
@@ -349,6 +370,7 @@ def _evaluate_splits(
                 seed=recipe.train.seed,
                 precision=recipe.train.precision,
                 channels_last=recipe.train.channels_last,
+                inspect=inspect,
             )
             prefix = "ema/" if weights == "ema" else ""
             results.setdefault(name, {}).update({prefix + key: x for key, x in found.items()})
@@ -385,6 +407,7 @@ def evaluate(
     checkpoint: Literal["best", "last"] = "best",
     device: str = "auto",
     overrides: Sequence[str] = (),
+    predictions: Path | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a run on one of its splits.
 
@@ -394,19 +417,37 @@ def evaluate(
         checkpoint: the one with the best validation, or the newest.
         device: ``auto``, ``cpu``, ``cuda``, ...
         overrides: options that replace fields of the recipe, such as ``--data.root``.
+        predictions: a file for what was predicted, as JSON, for tasks whose metrics keep it
+            (detections in COCO's form); of the averaged weights where there are any.
 
     Returns:
         Metrics of the raw weights and, under ``ema/...``, of the averaged ones.
 
     Raises:
-        UserError: the folder is no run, or its data has no such split.
+        UserError: the folder is no run, its data has no such split, or its task keeps no
+            predictions.
     """
     opened = open_run(folder, overrides=overrides, needs_judge=True)
     splits = opened.load_splits()
     if split not in splits.named():
         raise unknown_name(f"split of data set {opened.recipe.data.name!r}:", split, splits.named())
     with join_processes(device) as processes:
-        found = _evaluate_splits(opened, splits, processes, names=(split,), checkpoint=checkpoint)
+
+        def keep(metrics: Any) -> None:
+            if not hasattr(metrics, "results"):
+                raise UserError(f"task {opened.recipe.task!r} keeps no predictions to write")
+            results = metrics.results()  # collects those of all processes
+            if processes.is_main and predictions is not None:
+                write_text(predictions, json.dumps(results) + "\n")
+
+        found = _evaluate_splits(
+            opened,
+            splits,
+            processes,
+            names=(split,),
+            checkpoint=checkpoint,
+            inspect=None if predictions is None else keep,
+        )
     return found[split]
 
 

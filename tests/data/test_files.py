@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eanet.data.files import decode_image, decode_image_bytes, read_idx
+from eanet.data.files import decode_image, decode_image_bytes, decode_indices, read_idx
 from eanet.errors import UserError
 
 GRADIENT = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
@@ -306,3 +306,34 @@ def test_idx_damage_is_named(tmp_path):
         with pytest.raises(UserError) as caught:
             read_idx(path)
         assert name in str(caught.value)
+
+
+def test_indices_are_values_and_never_colors(tmp_path):
+    values = np.array([[0, 3], [255, 7]], dtype=np.uint8)
+    grey, palette, deep = tmp_path / "grey.png", tmp_path / "palette.png", tmp_path / "deep.png"
+    Image.fromarray(values).save(grey)
+    colored = Image.fromarray(values, mode="P")
+    colored.putpalette([200, 10, 10] * 256)
+    colored.save(palette)
+    Image.fromarray(values.astype(np.uint16) * 200).save(deep)
+    for path in (grey, palette):
+        found = decode_indices(path)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, values)
+    np.testing.assert_array_equal(decode_indices(deep), values.astype(np.uint16) * 200)
+
+
+def test_what_is_no_index_image_is_named(tmp_path):
+    color, lossy, text = tmp_path / "color.png", tmp_path / "a.jpg", tmp_path / "text.png"
+    Image.new("RGB", (3, 2)).save(color)
+    Image.new("L", (3, 2)).save(lossy)
+    text.write_text("no image")
+    for path, words in (
+        (color, "holds colors"),
+        (lossy, "lose values"),
+        (text, "not a readable"),
+        (tmp_path / "missing.png", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=words) as raised:
+            decode_indices(path)
+        assert str(path) in str(raised.value)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from eanet.bench.block import PaperBlock
+from eanet.nn.capture import capture_attention
 from eanet.nn.external_attention import (
     ExternalAttention,
     ExternalAttention2d,
@@ -16,9 +17,11 @@ from eanet.nn.external_attention import (
 )
 from eanet.nn.fusion import fuse
 from eanet.nn.self_attention import SelfAttention
+from eanet.nn.streaming import stream
 from eanet.ops.attention import double_normalize, reference, slot_softmax
-from eanet.ops.attention.block import BatchNormArguments, _composed, _Operands, _Options
+from eanet.ops.attention.block import BatchNormArguments
 from eanet.ops.attention.block import external_attention_block as block_function
+from eanet.ops.attention.block_function import BlockOperands, BlockOptions, composed_block
 
 TOKENS = {
     "plain": lambda **k: ExternalAttention(12, 5, **k),
@@ -431,11 +434,94 @@ def test_mutants_of_the_multi_head_layer_are_noticed(mutant):
     assert (mutant(layer, x)[:, 1:] - expected[:, 1:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("options", [{}, {"memory_bias": False}, {"tie_memory": True}])
+def test_both_ways_to_compute_heads_agree(norm, options):
+    layer = randomize(MultiHeadExternalAttention(12, 5, num_heads=3, norm=norm, **options))
+    x = torch.randn(3, 7, 12, dtype=torch.float64, requires_grad=True)
+    weights = [x, *layer.parameters()]
+    found = []
+    for forward in (lambda: layer._forward_thin(x), lambda: layer._forward_by_head(x, None)):
+        out = forward()
+        found.append([out, *torch.autograd.grad(out.square().sum(), weights)])
+    for thin, by_head in zip(*found, strict=True):
+        torch.testing.assert_close(thin, by_head, rtol=1e-9, atol=1e-9)
+
+
+def test_both_ways_to_compute_heads_drop_attention_alike():
+    layer = MultiHeadExternalAttention(8, 4, num_heads=2, attention_dropout=0.5)
+    x = torch.randn(64, 9, 8)
+    assert not torch.equal(layer._forward_thin(x), layer._forward_thin(x))
+    with torch.no_grad():
+        means = [
+            torch.stack([forward() for _ in range(100)]).mean(0)
+            for forward in (lambda: layer._forward_thin(x), lambda: layer._forward_by_head(x, None))
+        ]
+        layer.eval()
+        torch.testing.assert_close(means[0], layer(x), rtol=0, atol=1e-3)
+        torch.testing.assert_close(means[1], layer(x), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "slots", "options", "tokens", "thin"),
+    [
+        (256, 64, {"num_heads": 16}, 1576, True),  # EAMLP-7, 8 images of 224 pixels in training
+        (256, 64, {"num_heads": 16}, 197, False),  # one image: forming the matrices costs more
+        (256, 128, {"num_heads": 16}, 10**6, False),  # twice the slots: no saving at any size
+        (64, 16, {"num_heads": 16, "expansion": 2}, 4096, False),
+    ],
+)
+def test_the_way_with_fewer_multiplications_is_taken(channels, slots, options, tokens, thin):
+    layer = MultiHeadExternalAttention(channels, slots, **options)
+    assert layer._thin_is_cheaper(tokens) == thin
+    width = layer.query.out_features
+    by_head = 2 * tokens * width * (channels + slots)
+    matrices = 2 * channels * layer.num_heads * slots * tokens + 2 * channels * width * slots
+    assert (matrices < by_head) == thin
+
+
 def test_double_norm_differs_from_softmax_and_composed_form_agrees():
     x = torch.randn(2, 4, 9, dtype=torch.float64)
     key, value = torch.randn(5, 4).double(), torch.randn(4, 5).double()
-    options = _Options("double", 1e-9, None, True, True)
-    composed, _, _ = _composed(_Operands(x, key, value, None, None, None, None), options)
+    options = BlockOptions("double", 1e-9, None, True, True)
+    composed, _, _ = composed_block(BlockOperands(x, key, value, None, None, None, None), options)
     torch.testing.assert_close(block_function(x, key, value)[0], composed, rtol=0, atol=1e-13)
     logits = torch.randn(2, 9, 5)
     assert (double_normalize(logits) - slot_softmax(logits)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_results_go_to_a_buffer(fused, layout):
+    block = ExternalAttention2d(12, 5).eval()
+    torch.nn.init.normal_(block.norm.bias)
+    module = block.fused() if fused else block
+    x = torch.randn(2, 12, 6, 4).contiguous(memory_format=layout)
+    buffer = torch.empty_like(x)
+    with torch.no_grad():
+        expected = module(x)
+        assert module(x, out=buffer) is buffer
+        torch.testing.assert_close(buffer, expected, rtol=0, atol=0)
+        with capture_attention(module):
+            assert module(x, out=x) is x
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_results_of_tokens_go_to_a_buffer(fused):
+    layer = ExternalAttention(12, 5, residual="input").eval()
+    layer = layer.fused() if fused else layer
+    x, buffer = torch.randn(2, 9, 12), torch.empty(2, 9, 12)
+    with torch.no_grad():
+        assert layer(x, out=buffer) is buffer
+        torch.testing.assert_close(buffer, layer(x))
+
+
+def test_buffers_that_cannot_be_used_are_refused():
+    block, x = ExternalAttention2d(4, 3).eval(), torch.zeros(1, 4, 3, 2)
+    with pytest.raises(ValueError, match="no_grad"):
+        block(x, out=torch.empty_like(x))
+    with torch.no_grad(), pytest.raises(ValueError, match="contiguous or channels_last"):
+        block(x, out=torch.empty(1, 4, 3, 4)[..., :2])
+    with torch.no_grad(), stream(block), pytest.raises(ValueError, match="chunks"):
+        block(x, out=torch.empty_like(x))

@@ -153,6 +153,16 @@ def test_rows_of_the_classification_table_have_recipes_of_their_own():
     assert len(set(recipe_of_row.values())) == len(recipe_of_row)
 
 
+def test_rows_of_segmentation_have_recipes_and_the_test_server_does_not():
+    recipes = [figure.recipe for figure in rows(1)]
+    assert None not in recipes
+    assert len(set(recipes)) == 10
+    for table in (5, 6, 7):
+        (ours,) = [figure for figure in rows(table) if "Ours" in figure.row]
+        assert (ours.recipe is None) == (table == 5)
+        assert ("test server" in ours.reason) == (table == 5)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

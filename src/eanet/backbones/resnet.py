@@ -317,7 +317,7 @@ class ResNet(nn.Module):
         given = {
             name.replace("stem.7.", "bn1.").replace("stem.", "conv1."): tensor
             for name, tensor in tensors.items()
-            if not name.startswith("fc.")
+            if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
         }
         counts = {name for name in own if name.endswith("num_batches_tracked")}
         missing, unknown = (

@@ -36,7 +36,11 @@ MODES: tuple[Mode, ...] = ("inference", "training")
 
 #: prefix of the names of timm's networks
 TIMM = "timm/"
-DEFAULT_MODELS = ("eamlp_7", "t2t_vit_7", TIMM + "deit_tiny_patch16_224", TIMM + "resnet18")
+#: the second and the third differ in their stems alone: external attention and Performer
+DEFAULT_MODELS = (
+    *("eamlp_7", "t2t_vit_7_ea", "t2t_vit_7"),
+    *(TIMM + "deit_tiny_patch16_224", TIMM + "resnet18"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Turn a published checkpoint into a folder that all other commands take, or write one.
 
-EAMLP checkpoints of the authors and those of T2T-ViT are understood; which network a file holds
-is read from its tensors. Nothing in a file is run.
+EAMLP and EANet checkpoints of the authors, those of T2T-ViT and those of PCT (PCT_Pytorch, point
+clouds) are understood; which network a file holds is read from its tensors. Nothing in a file is
+run.
 
 Examples:
   eanet convert model_best.pth.tar --out models/eamlp_7_384
   eanet convert 81.5_T2T_ViT_14.pth.tar --out models/t2t_vit_14 --weights ema
+  eanet convert final.pth --out models/eanet --output-stride 16
+  eanet convert best_model.t7 --out models/pct
   eanet convert runs/mine --export mine.pth
 """
 
@@ -43,6 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="table of another image size (default: regenerate a sinusoid, resize other tables)",
     )
     parser.add_argument(
+        "--output-stride",
+        type=int,
+        choices=(8, 16, 32),
+        help="of a segmentation network, which no tensor tells (default: 8)",
+    )
+    parser.add_argument(
         "--naming",
         choices=("performer_file", "transformer_file"),
         help="with --export: which of the authors' two stems names the memories",
@@ -71,6 +80,7 @@ def execute(arguments: argparse.Namespace) -> None:
         num_heads=arguments.num_heads,
         image_size=image_size,
         positions=arguments.positions,
+        output_stride=arguments.output_stride,
     )
     hub.save_pretrained(model, folder)
     published = model.facts["published"]
@@ -82,7 +92,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
 def _refuse_unused(arguments: argparse.Namespace) -> None:
     """Refuse options that the chosen direction would ignore."""
-    for_import = ("num_heads", "image_size", "positions")
+    for_import = ("num_heads", "image_size", "positions", "output_stride")
     unused = for_import if arguments.export else ("naming",)
     for name in unused:
         if getattr(arguments, name) is not None:

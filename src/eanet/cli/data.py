@@ -15,7 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["check"])
     parser.add_argument("name", help="name of a data set")
     parser.add_argument("root", type=Path, nargs="?", help="its folder, where it has one")
-    parser.add_argument("--task", help="the task, where several have a data set of that name")
+    parser.add_argument(
+        "--task", help="where several tasks have a data set of that name (default: the first)"
+    )
     parser.add_argument(
         "--samples", type=int, metavar="N", help="decode only the first N samples of each split"
     )

@@ -3,6 +3,7 @@
 Examples:
   eanet demo
   eanet demo --task classification --out runs/my-demo
+  eanet demo --task pointcloud
   eanet demo --all
 """
 
@@ -29,15 +30,18 @@ def execute(arguments: argparse.Namespace) -> None:
     from eanet import registry
 
     demos = registry.demos()
-    if not arguments.all and arguments.task not in demos:
+    # a room with several tasks shows them all
+    chosen = [task for task in demos if arguments.task in (task, registry.room_of(task))]
+    if not arguments.all and not chosen:
         raise unknown_name("demo task", arguments.task, demos)
 
     from eanet import run
 
     options.use_threads(arguments)
-    for task in demos if arguments.all else [arguments.task]:
+    tasks = list(demos) if arguments.all else chosen
+    for task in tasks:
         folder = arguments.out or run.free_folder(Path("runs") / f"demo-{task}")
-        if arguments.all and arguments.out:
+        if len(tasks) > 1 and arguments.out:
             folder = arguments.out / task
         print(f"eanet demo: {demos[task]} into {folder}\n")
         result = run.train(registry.recipe(demos[task]), folder, device=arguments.device)

@@ -32,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from eanet.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "decode_image", "decode_image_bytes", "read_idx"]
+__all__ = ["IMAGE_SUFFIXES", "decode_image", "decode_image_bytes", "decode_indices", "read_idx"]
 
 #: what a folder of images is searched for
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -53,16 +53,20 @@ _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 ImageMode = Literal["L", "RGB"]
 
 
-def decode_image(path: str | os.PathLike[str], *, mode: ImageMode | None = None) -> Image.Image:
+def decode_image(
+    path: str | os.PathLike[str], *, mode: ImageMode | None = None, upright: bool = True
+) -> Image.Image:
     """Decode an image file; see the table at the top of this module.
 
     Args:
         path: the file.
         mode: ``"L"`` or ``"RGB"`` converts (grey by the luma of ITU-R 601); ``None`` keeps grey
             files grey and gives RGB for all others.
+        upright: whether the EXIF orientation is applied; without it the image comes as stored,
+            for annotations that were made so.
 
     Returns:
-        A loaded image of mode ``L`` or ``RGB``, 8 bits per channel, upright.
+        A loaded image of mode ``L`` or ``RGB``, 8 bits per channel.
 
     Raises:
         UserError: the file is missing, empty, no image, damaged, too large, or of a kind whose
@@ -74,7 +78,7 @@ def decode_image(path: str | os.PathLike[str], *, mode: ImageMode | None = None)
             state = "is not a regular file" if path.exists() else "does not exist"
             raise UserError(f"image {str(path)!r} {state}")
         with path.open("rb") as stream:
-            return _decode(stream, name=str(path), mode=mode)
+            return _decode(stream, name=str(path), mode=mode, upright=upright)
     except UserError:
         raise
     except OSError as error:  # permissions, loops of links, names that are too long
@@ -97,7 +101,56 @@ def decode_image_bytes(data: bytes, *, name: str, mode: ImageMode | None = None)
     return _decode(io.BytesIO(data), name=name, mode=mode)
 
 
-def _decode(stream: BinaryIO, *, name: str, mode: ImageMode | None) -> Image.Image:
+def decode_indices(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode an image whose values are numbers, such as classes, and not brightness or colors.
+
+    Palette images give their indices and not the palette's colors, grey ones their values; nothing
+    is scaled, and EXIF orientation is not applied.
+
+    Args:
+        path: the file.
+
+    Returns:
+        (height, width), uint8, or uint16 for files of 16 bits.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds colors. The message names the file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream, Image.open(stream, formats=("BMP", "PNG", "TIFF")) as image:
+            _refuse_unsuitable(image, str(path))
+            image.load()
+            if image.mode in ("P", "L"):
+                return np.array(image)
+            if image.mode.startswith("I"):
+                values = np.array(image)
+                if values.min() >= 0 and values.max() < 2**16:
+                    return values.astype(np.uint16)
+                raise UserError(f"index image {str(path)!r} holds values outside 0..65535")
+            if image.mode == "1":
+                return np.array(image).astype(np.uint8)
+            raise UserError(
+                f"{str(path)!r} holds colors (mode {image.mode}) where an index image is needed: "
+                "one channel whose values are classes; give a map from colors to classes, or "
+                "convert it"
+            )
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"index image {str(path)!r} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"index image {str(path)!r} is not a readable PNG, BMP or TIFF file; formats that lose "
+            "values, such as JPEG, cannot hold classes"
+        ) from error
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
+        raise UserError(f"index image {str(path)!r} is damaged: {error}") from error
+
+
+def _decode(
+    stream: BinaryIO, *, name: str, mode: ImageMode | None, upright: bool = True
+) -> Image.Image:
     """Decode an open file."""
     if mode not in (None, "L", "RGB"):
         raise ValueError(f"mode must be 'L', 'RGB' or None, got {mode!r}")
@@ -111,7 +164,7 @@ def _decode(stream: BinaryIO, *, name: str, mode: ImageMode | None) -> Image.Ima
         with Image.open(stream, formats=_FORMATS) as image:
             _refuse_unsuitable(image, name)
             image.load()
-            return _to_eight_bits(_upright(image), name, mode)
+            return _to_eight_bits(_upright(image) if upright else image, name, mode)
     except UserError:
         raise
     except UnidentifiedImageError as error:

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from eanet.data.files import decode_image
-from eanet.data.splits import Dataset, Splits, Subset, carve_validation
-from eanet.errors import UserError
+from eanet.data.splits import Dataset, Subset
 
 __all__ = [
     "Batch",
@@ -22,8 +21,8 @@ __all__ = [
     "collate",
     "image_to_tensor",
     "labels_of",
+    "normalize",
     "pixel_statistics",
-    "with_validation",
 ]
 
 
@@ -80,6 +79,28 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     """Return an 8-bit image as bytes, (channels, height, width)."""
     array = np.array(image)  # a copy: a tensor must be writable
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return bytes as float32, ``(x / 255 - mean) / std`` for each channel.
+
+    Args:
+        images: bytes, (..., channels, height, width).
+        mean: of each channel, for values of 0..1.
+        std: of each channel, for values of 0..1.
+
+    Raises:
+        ValueError: the images have another number of channels.
+    """
+    if images.shape[-3] != len(mean) or len(std) != len(mean):
+        raise ValueError(
+            f"images have {images.shape[-3]} channels, mean {len(mean)} and std {len(std)} values"
+        )
+    scale = torch.tensor([1 / (255 * value) for value in std], device=images.device)
+    offset = torch.tensor(
+        [-center / value for center, value in zip(mean, std, strict=True)], device=images.device
+    )
+    return torch.addcmul(offset.view(-1, 1, 1), images, scale.view(-1, 1, 1))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -178,30 +199,3 @@ def pixel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     mean = flat.mean(axis=0, dtype=np.float64)
     std = flat.std(axis=0, dtype=np.float64)
     return mean.tolist(), np.maximum(std, 1e-3).tolist()
-
-
-def with_validation(splits: Splits, fraction: float, *, seed: int, name: str) -> Splits:
-    """Return splits with a validation split, carved out of training class by class if missing.
-
-    Args:
-        splits: of labeled images.
-        fraction: share of the training samples that becomes validation.
-        seed: of the choice.
-        name: of the data set, for messages.
-
-    Raises:
-        UserError: the training split is too small to be divided.
-    """
-    if splits.validation is not None:
-        return splits
-    labels = labels_of(splits.train)
-    try:
-        train, validation = carve_validation(labels, len(labels), fraction, seed=seed)
-    except ValueError as error:
-        raise UserError(f"data set {name!r}: validation_fraction: {error}") from error
-    return Splits(
-        train=Subset(splits.train, train),
-        validation=Subset(splits.train, validation),
-        test=splits.test,
-        facts=splits.facts,
-    )

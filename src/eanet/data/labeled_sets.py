@@ -17,7 +17,21 @@ from eanet.data.labeled_images import LabeledArrays, LabeledFiles, pixel_statist
 from eanet.data.splits import Splits, carve_validation
 from eanet.errors import UserError
 
-__all__ = ["Cifar10", "Digits", "FashionMnist", "ImageFolder", "Mnist"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Digits",
+    "FashionMnist",
+    "ImageFolder",
+    "Mnist",
+    "array_splits",
+    "check_labels",
+    "image_facts",
+    "images_within",
+    "list_class_folders",
+    "require_root",
+    "subfolders",
+]
 
 #: what published ImageNet models are trained with, and a fair guess for photographs
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +44,7 @@ _DIGITS_SPLIT_SEED = 1797
 _DIGITS_TEST_FRACTION = 0.2
 
 
-def _require_root(root: str | None, name: str, what: str) -> Path:
+def require_root(root: str | None, name: str, what: str) -> Path:
     """Return the folder of a data set, which must exist."""
     if root is None:
         raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
@@ -40,7 +54,7 @@ def _require_root(root: str | None, name: str, what: str) -> Path:
     return path
 
 
-def _facts(
+def image_facts(
     class_names: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
@@ -64,7 +78,7 @@ def _facts(
     }
 
 
-def _array_splits(
+def array_splits(
     parts: dict[str, tuple[np.ndarray, np.ndarray]], class_names: Sequence[str], name: str
 ) -> Splits:
     """Make splits of arrays named ``train`` and ``test``."""
@@ -74,18 +88,18 @@ def _array_splits(
     return Splits(
         train=LabeledArrays(images, labels.tolist(), f"{name}/train"),
         test=LabeledArrays(test_images, test_labels.tolist(), f"{name}/test"),
-        facts=_facts(class_names, mean, std, (images.shape[1], images.shape[2])),
+        facts=image_facts(class_names, mean, std, (images.shape[1], images.shape[2])),
     )
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """Return the visible folders within a folder, by name."""
     return sorted(
         entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
 
 
-def _images_within(folder: Path) -> list[Path]:
+def images_within(folder: Path) -> list[Path]:
     """Return the visible image files at any depth, by path."""
     found: list[Path] = []
     for parent, folders, files in os.walk(folder):
@@ -96,6 +110,38 @@ def _images_within(folder: Path) -> list[Path]:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         )
     return sorted(found)
+
+
+def list_class_folders(
+    folder: Path, class_names: Sequence[str], mode: Literal["L", "RGB"] = "RGB"
+) -> LabeledFiles:
+    """List the images of a folder that has a folder for each class.
+
+    Args:
+        folder: of one split.
+        class_names: names of the folders, in the order of the labels.
+        mode: how images are decoded.
+
+    Raises:
+        UserError: the folders are others, or one has no image.
+    """
+    unlike = sorted({entry.name for entry in subfolders(folder)} ^ set(class_names))
+    if unlike:
+        raise UserError(
+            f"{str(folder)!r} does not have the classes of the training folder; "
+            f"only in one of them: {', '.join(unlike[:5])}"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        found = images_within(folder / name)
+        if not found:
+            raise UserError(
+                f"class folder {str(folder / name)!r} has no images ({', '.join(IMAGE_SUFFIXES)})"
+            )
+        paths += found
+        labels += [label] * len(found)
+    return LabeledFiles(paths, labels, mode)
 
 
 class ImageFolder:
@@ -126,21 +172,25 @@ class ImageFolder:
         std: Sequence[float] | None = None,
         test_fraction: float = 0.2,
     ) -> None:
-        folder = _require_root(root, "image_folder", "a folder per class")
+        folder = require_root(root, "image_folder", "a folder per class")
         if in_channels not in (1, 3):
             raise UserError(f"image_folder: in_channels must be 1 or 3, got {in_channels}")
         self._mode: Literal["L", "RGB"] = "RGB" if in_channels == 3 else "L"
         parts = self._find_parts(folder)
-        self.class_names = [entry.name for entry in _subfolders(parts.get("train", folder))]
+        self.class_names = [entry.name for entry in subfolders(parts.get("train", folder))]
         if len(self.class_names) < 2:
             raise UserError(
                 f"{str(parts.get('train', folder))!r} must hold a folder per class, at least two; "
                 f"found {self.class_names}"
             )
-        splits = {name: self._read(part) for name, part in parts.items()}
+        splits = {
+            name: list_class_folders(part, self.class_names, self._mode)
+            for name, part in parts.items()
+        }
         train = splits.get("train")
         if train is None:
-            train, splits["test"] = self._divide(self._read(folder), test_fraction, folder)
+            whole = list_class_folders(folder, self.class_names, self._mode)
+            train, splits["test"] = self._divide(whole, test_fraction, folder)
         usual_mean, usual_std = IMAGENET_MEAN, IMAGENET_STD
         if in_channels == 1:
             # one grey channel, weighted as the conversion to grey weights the three
@@ -150,7 +200,7 @@ class ImageFolder:
             raise UserError(
                 f"image_folder: mean and std need {in_channels} values, std above 0; got {chosen}"
             )
-        facts = _facts(self.class_names, *chosen, None)
+        facts = image_facts(self.class_names, *chosen, None)
         self.splits = Splits(train, splits.get("validation"), splits.get("test"), facts)
 
     @staticmethod
@@ -171,28 +221,6 @@ class ImageFolder:
             have = ", ".join(sorted(part.name for part in parts.values()))
             raise UserError(f"{str(folder)!r} has {have} but no folder 'train'")
         return parts
-
-    def _read(self, folder: Path) -> LabeledFiles:
-        """List the images of one split."""
-        classes = [entry.name for entry in _subfolders(folder)]
-        unlike = sorted(set(classes) ^ set(self.class_names))
-        if unlike:
-            raise UserError(
-                f"{str(folder)!r} does not have the classes of the training folder; "
-                f"only in one of them: {', '.join(unlike[:5])}"
-            )
-        paths: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.class_names):
-            found = _images_within(folder / name)
-            if not found:
-                raise UserError(
-                    f"class folder {str(folder / name)!r} has no images "
-                    f"({', '.join(IMAGE_SUFFIXES)})"
-                )
-            paths += found
-            labels += [label] * len(found)
-        return LabeledFiles(paths, labels, self._mode)
 
     @staticmethod
     def _divide(
@@ -226,13 +254,13 @@ class _IdxImages:
     class_names: tuple[str, ...]
 
     def __init__(self, root: str | None) -> None:
-        folder = _require_root(root, self.name, "train-images-idx3-ubyte and its three companions")
+        folder = require_root(root, self.name, "train-images-idx3-ubyte and its three companions")
         if (folder / self.subfolder / "raw").is_dir():
             folder = folder / self.subfolder / "raw"
         elif (folder / "raw").is_dir():
             folder = folder / "raw"
         parts = {"train": self._read(folder, "train"), "test": self._read(folder, "t10k")}
-        self.splits = _array_splits(parts, self.class_names, self.name)
+        self.splits = array_splits(parts, self.class_names, self.name)
 
     def _read(self, folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
         """Read one split, checked."""
@@ -245,11 +273,11 @@ class _IdxImages:
             raise UserError(
                 f"{str(files[1])!r} holds {labels.shape[0]} labels for {len(images)} images"
             )
-        _check_labels(labels, len(self.class_names), files[1])
+        check_labels(labels, len(self.class_names), files[1])
         return images, labels.astype(np.int64)
 
 
-def _check_labels(labels: np.ndarray, num_classes: int, file: Path) -> None:
+def check_labels(labels: np.ndarray, num_classes: int, file: Path) -> None:
     """Refuse labels outside the classes."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
@@ -276,66 +304,6 @@ class Mnist(_IdxImages):
     name = "mnist"
     subfolder = "MNIST"
     class_names = tuple(str(digit) for digit in range(10))
-
-
-class Cifar10:
-    """CIFAR-10: small photographs of ten classes, 32 x 32.
-
-    From folders (``train/<class>/*.png``, ``test/<class>/*.png``) or from the binary version
-    (``data_batch_1.bin`` ... ``test_batch.bin``). The version for Python is not read: its files
-    are pickles, and reading a pickle runs what it says.
-
-    Args:
-        root: the folder.
-
-    Raises:
-        UserError: neither layout is found, or a file is not what it should be.
-    """
-
-    class_names = (
-        "airplane", "automobile", "bird", "cat", "deer",
-        "dog", "frog", "horse", "ship", "truck",
-    )  # fmt: skip
-    # of the 50,000 training images
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-    def __init__(self, root: str | None) -> None:
-        folder = _require_root(root, "cifar10", "train/ and test/, or the binary version")
-        nested = ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar10")
-        folder = next((folder / name for name in nested if (folder / name).is_dir()), folder)
-        if (folder / "train").is_dir():
-            self.splits = ImageFolder(str(folder), mean=self.mean, std=self.std).splits
-            self.splits.facts["image_size"] = [32, 32]
-        elif (folder / "test_batch.bin").exists():
-            train = [self._read(folder / f"data_batch_{part}.bin") for part in range(1, 6)]
-            images = np.concatenate([part[0] for part in train])
-            labels = np.concatenate([part[1] for part in train])
-            parts = {"train": (images, labels), "test": self._read(folder / "test_batch.bin")}
-            self.splits = _array_splits(parts, self.class_names, "cifar10")
-        elif (folder / "data_batch_1").exists():
-            raise UserError(
-                f"{str(folder)!r} holds the pickled version of CIFAR-10, which is not read for "
-                "safety; fetch the binary version (cifar-10-binary.tar.gz) instead"
-            )
-        else:
-            raise UserError(
-                f"{str(folder)!r} holds neither train/<class>/*.png nor the files of the binary "
-                "version (data_batch_1.bin ... test_batch.bin)"
-            )
-
-    def _read(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Read one file of the binary version: a byte of label, then 3 x 32 x 32 bytes, each."""
-        try:
-            data = np.fromfile(file, dtype=np.uint8)
-        except OSError as error:
-            raise UserError(f"{str(file)!r} cannot be read: {error.strerror}") from error
-        if not len(data) or len(data) % 3073:
-            raise UserError(f"{str(file)!r} has {len(data)} bytes, not a multiple of 3073")
-        records = data.reshape(-1, 3073)
-        labels = records[:, 0].astype(np.int64)
-        _check_labels(labels, len(self.class_names), file)
-        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(images), labels
 
 
 class Digits:

@@ -1,12 +1,21 @@
 """The splits of a data set, and how a validation split is carved out of the training samples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Dataset", "Splits", "Subset", "batch_groups", "carve_validation"]
+from eanet.errors import UserError
+
+__all__ = [
+    "Dataset",
+    "Splits",
+    "Subset",
+    "batch_groups",
+    "carve_validation",
+    "with_validation",
+]
 
 
 class Dataset(Protocol):
@@ -110,3 +119,29 @@ def carve_validation(
     if not train or not validation:
         raise ValueError(f"{num_samples} samples are too few to set {fraction:.0%} of them apart")
     return train, validation
+
+
+def with_validation(
+    splits: Splits, labels: Sequence[int] | None, fraction: float, *, seed: int, name: str
+) -> Splits:
+    """Return splits that have a validation split, carved out of training where there was none.
+
+    Args:
+        splits: what a data set offers.
+        labels: class of each training sample for a stratified choice, or ``None``.
+        fraction: share of the training samples.
+        seed: of the choice.
+        name: of the data set, for the error.
+
+    Raises:
+        UserError: the training samples are too few to be divided.
+    """
+    if splits.validation is not None:
+        return splits
+    try:
+        train, validation = carve_validation(labels, len(splits.train), fraction, seed=seed)
+    except ValueError as error:
+        raise UserError(f"data set {name!r}: validation_fraction: {error}") from error
+    return replace(
+        splits, train=Subset(splits.train, train), validation=Subset(splits.train, validation)
+    )

@@ -6,17 +6,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from eanet.nn.dead_parameters import attach_zero_gradient
-from eanet.nn.fused_attention import FusedMultiHeadExternalAttention
+from eanet.nn.fused_attention import FusedMultiHeadExternalAttention, attend_heads
 from eanet.nn.memories import (
     MemoryInit,
     MemoryModule,
     autocast_input,
+    cast,
     check_positive,
     check_tokens,
     full_precision,
 )
-from eanet.ops.attention import Norm, check_mask
-from eanet.ops.attention.block import attention_rows
+from eanet.ops.attention import Norm, check_mask, custom_op
+from eanet.ops.attention.attention_rows import attention_rows
 
 __all__ = ["MultiHeadExternalAttention"]
 
@@ -127,21 +128,83 @@ class MultiHeadExternalAttention(MemoryModule):
         with full_precision(x):
             if self.chunk_tokens is not None:
                 return self._forward_streamed(x, mask)
-            attention = self._attention(x, mask)
-            if self.training and self.attention_dropout > 0:
-                attention = F.dropout(attention, self.attention_dropout)
-            attention = attention.to(x.dtype).flatten(0, 1)
-            values = self.values.to(x.dtype).transpose(0, 1)
-            heads = torch.bmm(values.expand(attention.shape[0], *values.shape), attention)
-            # both biases follow a linear map of all heads and are added as one
-            weight, bias = self.projection.weight, self.projection.bias
-            if self.memory_value_bias is not None:
-                bias = bias + weight @ self.memory_value_bias.repeat(self.num_heads)
-            heads = heads.view(batch, -1, tokens).transpose(1, 2)
-            out = F.linear(heads, weight.to(x.dtype), bias.to(x.dtype))
+            if self.uses_kernels(x, self.num_slots):
+                return self._forward_by_kernels(x, mask)
+            # which side is cheaper depends on sizes alone; a mask is applied sample by sample
+            thin = mask is None and self._thin_is_cheaper(batch * tokens)
+            out = self._forward_thin(x) if thin else self._forward_by_head(x, mask)
             if self.training and self.projection_dropout > 0:
                 out = F.dropout(out, self.projection_dropout)
             return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def _thin_is_cheaper(self, num_tokens: int) -> bool:
+        """Tell whether two thin matrices for all heads multiply less than the steps one by one.
+
+        With T tokens in the batch and W = c D the width of all heads, the steps cost
+        2 T W (D + S) multiply-adds and the thin matrices 2 T D H S, but they must be formed anew
+        at every step of a training: 2 D W S. Backward is twice that for both.
+        """
+        width, slots = self.query.out_features, self.num_heads * self.num_slots
+        saved = width * (self.channels + self.num_slots) - self.channels * slots
+        if torch.compiler.is_compiling():  # where the number of tokens may be left open
+            return saved > 0
+        return num_tokens * saved > self.channels * width * self.num_slots
+
+    def _forward_thin(self, x: Tensor) -> Tensor:
+        """Return the result by one product of all tokens with each of two thin matrices."""
+        key, value, key_bias, bias = self._thin_matrices()
+        return attend_heads(
+            x,
+            key,
+            value,
+            num_heads=self.num_heads,
+            key_bias=key_bias,
+            bias=bias,
+            norm=self.normalization,
+            eps=self.eps,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+
+    def _forward_by_head(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the result step by step: queries, attention, values, projection."""
+        batch, tokens, _ = x.shape
+        attention = self._attention(x, mask)
+        if self.training and self.attention_dropout > 0:
+            attention = F.dropout(attention, self.attention_dropout)
+        attention = attention.to(x.dtype).flatten(0, 1)
+        values = self.values.to(x.dtype).transpose(0, 1)
+        heads = torch.bmm(values.expand(attention.shape[0], *values.shape), attention)
+        # both biases follow a linear map of all heads and are added as one
+        weight, bias = self.projection.weight, self.projection.bias
+        if self.memory_value_bias is not None:
+            bias = bias + weight @ self.memory_value_bias.repeat(self.num_heads)
+        heads = heads.view(batch, -1, tokens).transpose(1, 2)
+        return F.linear(heads, weight.to(x.dtype), bias.to(x.dtype))
+
+    def _forward_by_kernels(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the result of the Triton kernels between the two projections."""
+        key, key_bias, query_bias = self.memory_key, self.memory_key_bias, self.query.bias
+        if self.normalization == "double":
+            key = attach_zero_gradient(key, key_bias, query_bias)
+            key_bias = query_bias = None
+        queries = F.linear(x, self.query.weight.to(x.dtype), cast(query_bias, x.dtype))
+        heads, _ = custom_op.fused_external_attention(
+            queries,
+            key,
+            self.values,
+            num_heads=self.num_heads,
+            memory_key_bias=key_bias,
+            memory_value_bias=self.memory_value_bias,
+            norm=self.normalization,
+            eps=self.eps,
+            mask=mask,
+            attention_dropout=self.attention_dropout if self.training else 0.0,
+        )
+        weight, bias = self.projection.weight.to(x.dtype), cast(self.projection.bias, x.dtype)
+        out = F.linear(heads, weight, bias)
+        if self.training and self.projection_dropout > 0:
+            out = F.dropout(out, self.projection_dropout)
+        return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def _forward_streamed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the result chunk by chunk, each head as two thin matrices."""

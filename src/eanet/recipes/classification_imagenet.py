@@ -2,7 +2,8 @@
 
     eanet train classification_imagenet/eamlp_7 --data.root path/to/imagenet
 
-The folder holds ``train`` and ``val`` with a folder for each of the 1,000 classes. Published top-1
+The folder holds ``train`` and ``val`` with a folder for each of the 1,000 classes, or is the
+archive as it unpacks. Published top-1
 accuracies, all of the averaged (EMA) weights, stand in ``eanet recipes --table 2``: from 63.2 % to
 81.9 %; EAMLP-7 68.9 %, at 384 pixels 71.7 %. None of these runs was repeated here; they take 8
 GPUs for days.
@@ -49,7 +50,7 @@ def _recipe(model: str, size: int, *, image_size: int = 224, warmup: int = 5) ->
         task="classification",
         model=ModelSpec(name=model),
         data=DataSpec(
-            name="image_folder",
+            name="imagenet",
             batch_size=512,  # 8 GPUs with 64; the number of GPUs of EAMLP-7-384 is inferred
             num_workers=8,  # our choice
         ),

@@ -127,18 +127,34 @@ _SOFTMAX_ALONE = (
 
 
 def _table_1() -> list[PaperRow]:
-    # method, backbone, normalization, number of memory units, output stride, mIoU
-    lines: list[tuple[str, str, str, str, int, Cell]] = [
-        ("FCN", "ResNet-50", "-", "-", 16, 75.7),
-        ("FCN + SA", "ResNet-50", "Softmax", "-", 16, (76.2, _SELF_ATTENTION)),
-        ("FCN + SA", "ResNet-50", "DoubleNorm", "-", 16, (76.6, _SELF_ATTENTION)),
-        ("FCN + EA", "ResNet-50", "DoubleNorm", "8", 16, 77.1),
-        ("FCN + EA", "ResNet-50", "DoubleNorm", "32", 16, 77.2),
-        ("FCN + EA", "ResNet-50", "Softmax", "64", 16, (75.3, _SOFTMAX_ALONE)),
-        ("FCN + EA", "ResNet-50", "DoubleNorm", "64", 16, 77.4),
-        ("FCN + EA", "ResNet-50", "DoubleNorm", "64", 8, 77.8),
-        ("FCN + EA", "ResNet-50", "DoubleNorm", "256", 16, 77.0),
-        ("FCN + EA", "ResNet-101", "DoubleNorm", "64", 16, 78.3),
+    # method, backbone, normalization, number of memory units, output stride, mIoU, recipe
+    lines: list[tuple[str, str, str, str, int, Cell, str]] = [
+        ("FCN", "ResNet-50", "-", "-", 16, 75.7, "fcn_resnet50"),
+        ("FCN + SA", "ResNet-50", "Softmax", "-", 16, (76.2, _SELF_ATTENTION), "fcn_sa_resnet50"),
+        (
+            "FCN + SA",
+            "ResNet-50",
+            "DoubleNorm",
+            "-",
+            16,
+            (76.6, _SELF_ATTENTION),
+            "fcn_sa_resnet50_double",
+        ),
+        ("FCN + EA", "ResNet-50", "DoubleNorm", "8", 16, 77.1, "eanet_resnet50_s8"),
+        ("FCN + EA", "ResNet-50", "DoubleNorm", "32", 16, 77.2, "eanet_resnet50_s32"),
+        (
+            "FCN + EA",
+            "ResNet-50",
+            "Softmax",
+            "64",
+            16,
+            (75.3, _SOFTMAX_ALONE),
+            "eanet_resnet50_softmax",
+        ),
+        ("FCN + EA", "ResNet-50", "DoubleNorm", "64", 16, 77.4, "eanet_resnet50"),
+        ("FCN + EA", "ResNet-50", "DoubleNorm", "64", 8, 77.8, "eanet_resnet50_os8"),
+        ("FCN + EA", "ResNet-50", "DoubleNorm", "256", 16, 77.0, "eanet_resnet50_s256"),
+        ("FCN + EA", "ResNet-101", "DoubleNorm", "64", 16, 78.3, "eanet_resnet101"),
     ]
     metrics = {
         "mIoU (%)": "batch 12 and 30,000 iterations are given; "
@@ -146,13 +162,13 @@ def _table_1() -> list[PaperRow]:
     }
     return [
         figure
-        for method, backbone, norm, slots, stride, mean_iou in lines
+        for method, backbone, norm, slots, stride, mean_iou, key in lines
         for figure in _row(
             1,
             f"{method}, {backbone}, Norm {norm}, #S {slots}, OS {stride}",
             metrics=metrics,
             cells=[mean_iou],
-            reason=NO_RECIPE_YET,
+            recipe=f"segmentation_voc/{key}",
         )
     ]
 
@@ -241,7 +257,8 @@ def _tables_3_and_4() -> list[PaperRow]:
     figures: list[PaperRow] = []
     for table, metric, lines in ((3, "box AP (%)", box), (4, "mask AP (%)", mask)):
         for detector, plain, with_attention in lines:
-            note = _MASK_MISSING if (table, detector) == (4, "Cascade RCNN") else ""
+            misprinted = (table, detector) == (4, "Cascade RCNN")
+            key = "cascade_mask_rcnn" if misprinted else detector.lower().replace(" ", "_")
             for suffix, value, source in (
                 ("", plain, _MODEL_ZOO),
                 (" + 1EA", with_attention, _SINGLE_RUN),
@@ -251,13 +268,17 @@ def _tables_3_and_4() -> list[PaperRow]:
                     f"{detector}{suffix}, ResNet-50",
                     metrics={metric: source},
                     cells=[value],
-                    reason=NO_RECIPE_YET,
-                    note=note,
+                    recipe=f"detection_coco/{key}{'_ea' if suffix else ''}",
+                    note=_MASK_MISSING if misprinted else "",
                 )
     return figures
 
 
 _VOC_TEST = "test server; several scales and mirrored images; 45k iterations, then 15k on trainval"
+_TEST_SERVER = (
+    "judged by the test server alone: train segmentation_voc/trainaug, then segmentation_voc/"
+    "finetune, and submit what it predicts"
+)
 _ADE20K_SCALES = (
     "one scale or several is not stated; the quoted figures of the others are of several scales "
     "with mirrored images, so read this one alike"
@@ -316,6 +337,11 @@ def _tables_5_to_7() -> list[PaperRow]:
             ("EANet (Ours)", "ResNet-101", (81.7, _CITYSCAPES_EANET)),
         ],
     }
+    ours = {
+        5: {"reason": _TEST_SERVER},
+        6: {"recipe": "segmentation_ade20k/eanet_resnet101"},
+        7: {"recipe": "segmentation_cityscapes/eanet_resnet101_769"},
+    }
     return [
         figure
         for table, entries in lines.items()
@@ -325,7 +351,7 @@ def _tables_5_to_7() -> list[PaperRow]:
             f"{method}, {backbone}",
             metrics={"mIoU (%)": ""},
             cells=[mean_iou],
-            reason=NO_RECIPE_YET if method.startswith("EANet") else QUOTED,
+            **(ours[table] if method.startswith("EANet") else {"reason": QUOTED}),
         )
     ]
 

@@ -1,5 +1,6 @@
 """Data sets of labeled images: what they read, and what they refuse by name."""
 
+import pickle
 import struct
 import zipfile
 
@@ -8,11 +9,12 @@ import pytest
 from PIL import Image
 
 from eanet import registry
+from eanet.data.cifar10 import Cifar10
+from eanet.data.imagenet import ImageNet, TinyImageNet
 from eanet.data.splits import Subset
 from eanet.errors import UserError
 from eanet.tasks.classification.builtin import Digits
 from eanet.tasks.classification.datasets import (
-    Cifar10,
     FashionMnist,
     ImageFolder,
     labels_of,
@@ -73,9 +75,8 @@ def test_digits_take_no_folder(tmp_path):
 
 
 def test_registry_finds_every_data_set():
-    assert {"digits", "image_folder", "fashion_mnist", "mnist", "cifar10"} <= set(
-        registry.datasets("classification")
-    )
+    names = {"digits", "image_folder", "fashion_mnist", "mnist", "cifar10"}
+    assert names | {"imagenet", "tiny_imagenet"} <= set(registry.datasets("classification"))
     assert registry.dataset("classification", "digits") is Digits
 
 
@@ -213,12 +214,142 @@ def test_cifar10_binary_version(tmp_path):
     refuses(["data_batch_3.bin", "No such file"], Cifar10, str(tmp_path))
 
 
-def test_cifar10_pickles_are_never_opened(tmp_path):
+@pytest.fixture
+def pickled_cifar10(tmp_path):
+    """The layout of the version for Python, a few images each."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    (folder / "data_batch_1").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refuses(["pickled", "binary version"], Cifar10, str(tmp_path))
-    refuses(["neither"], Cifar10, str(tmp_path.parent))
+    generator = np.random.default_rng(1)
+    batches = {}
+    for name in (*(f"data_batch_{part}" for part in range(1, 6)), "test_batch"):
+        data = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
+        batches[name] = {b"data": data, b"labels": generator.integers(0, 10, 4).tolist()}
+        (folder / name).write_bytes(pickle.dumps(batches[name], 2))
+    return tmp_path, folder, batches
+
+
+def test_cifar10_version_for_python(pickled_cifar10):
+    root, folder, batches = pickled_cifar10
+    for place in (root, folder):
+        splits = Cifar10(str(place)).splits
+        assert (len(splits.train), len(splits.test)) == (20, 4)
+        sample, batch = splits.train[6], batches["data_batch_2"]
+        expected = batch[b"data"][2].reshape(3, 32, 32).transpose(1, 2, 0)
+        np.testing.assert_array_equal(np.asarray(sample.image), expected)
+        assert sample.label == batch[b"labels"][2]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"cos\nsystem\n(S'false'\ntR.", ["data_batch_1", "names os.system"]),
+        (pickle.dumps({"labels": [1]}), ["data_batch_1", "'data'", "3072"]),
+        (
+            pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}),
+            ["data_batch_1", "1 labels for 2 images"],
+        ),
+        (
+            pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}),
+            ["data_batch_1", "label 10", "0..9"],
+        ),
+        (b"", ["data_batch_1", "damaged"]),
+    ],
+)
+def test_cifar10_refuses_other_pickles(pickled_cifar10, content, words):
+    root, folder, _ = pickled_cifar10
+    (folder / "data_batch_1").write_bytes(content)
+    refuses(words, Cifar10, str(root))
+
+
+def test_cifar10_without_any_layout(tmp_path):
+    refuses(["neither"], Cifar10, str(tmp_path))
+
+
+# ImageNet
+
+
+def write_flat(folder, names):
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.new("RGB", (6, 5), (1, 2, 3)).save(folder / name)
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    folder = tmp_path / "tiny-imagenet-200"
+    for wnid in ("n02", "n01"):
+        write_flat(folder / "train" / wnid / "images", [f"{wnid}_{k}.JPEG" for k in range(3)])
+    write_flat(folder / "val" / "images", ["val_0.JPEG", "val_1.JPEG"])
+    (folder / "val" / "val_annotations.txt").write_text(
+        "val_1.JPEG\tn01\t0\t0\t5\t5\nval_0.JPEG\tn02\t0\t0\t5\t5\n"
+    )
+    (folder / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tnewt\nn03\tx\n")
+    return tmp_path, folder
+
+
+def test_tiny_imagenet(tiny_imagenet):
+    for place in tiny_imagenet:
+        splits = TinyImageNet(str(place)).splits
+        assert splits.facts["class_names"] == ["goldfish", "newt"]
+        assert (len(splits.train), len(splits.test)) == (6, 2)
+        assert splits.validation is None
+        assert [splits.test[0].name[-10:], splits.test[0].label] == ["val_0.JPEG", 1]
+        assert labels_of(splits.test) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("val_0.JPEG\tn02\n", ["val_annotations.txt", "labels of 1 images", "holds 2"]),
+        ("val_0.JPEG\tn02\nval_2.JPEG\tn02\n", ["no label of", "val_1.JPEG"]),
+        ("val_0.JPEG\tn02\nval_1.JPEG\tn09\n", ["'n09' of 'val_1.JPEG'", "2 training folders"]),
+        ("val_0.JPEG\nval_1.JPEG\tn01\n", ["line 1", "a name and a label"]),
+        ("val_0.JPEG\tn02\nval_0.JPEG\tn01\n", ["line 2", "already"]),
+    ],
+)
+def test_labels_of_another_length_or_content_are_refused(tiny_imagenet, text, words):
+    root, folder = tiny_imagenet
+    (folder / "val" / "val_annotations.txt").write_text(text)
+    refuses(words, TinyImageNet, str(root))
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    top = tmp_path / "top"
+    folder = top / "ILSVRC" / "Data" / "CLS-LOC"
+    for wnid in ("n01", "n02"):
+        write_flat(folder / "train" / wnid, [f"{wnid}_1.JPEG"])
+    write_flat(folder / "val", ["ILSVRC2012_val_1.JPEG", "ILSVRC2012_val_2.JPEG"])
+    return top, folder
+
+
+def test_imagenet_with_labels_in_files(imagenet):
+    top, folder = imagenet
+    refuses(["no file with the labels"], ImageNet, str(top))
+    (folder / "val.txt").write_text("ILSVRC2012_val_1.JPEG 1\nILSVRC2012_val_2.JPEG 0\n")
+    splits = ImageNet(str(top)).splits
+    assert labels_of(splits.validation) == [1, 0]
+    assert splits.facts["class_names"] == ["n01", "n02"]
+    assert splits.test is None
+    (top / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\nILSVRC2012_val_1,n01 1 2 3 4\nILSVRC2012_val_2,n02 1 2 3 4\n"
+    )
+    (top / "LOC_synset_mapping.txt").write_text("n01 crane\nn02 crane, machine\n")
+    splits = ImageNet(str(top)).splits
+    assert labels_of(splits.validation) == [0, 1]
+    assert splits.facts["class_names"] == ["crane (n01)", "crane (n02)"]
+    (folder / "val.txt").unlink()
+    (top / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nx\n")
+    refuses(["LOC_val_solution.csv", "line 2"], ImageNet, str(top))
+
+
+def test_imagenet_in_folders(imagenet, tmp_path):
+    write_images(tmp_path / "train", ["n01", "n02"], 2)
+    refuses(["val", "does not exist"], ImageNet, str(tmp_path))
+    write_images(tmp_path / "val", ["n01", "n02"], 1)
+    splits = ImageNet(str(tmp_path)).splits
+    assert labels_of(splits.validation) == [0, 1]
+    refuses(["train", "does not exist"], ImageNet, str(tmp_path / "val"))
 
 
 # real files

@@ -36,7 +36,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _eps_dominates_underflow(eps: float, dtype: torch.dtype) -> bool:
+def eps_dominates_underflow(eps: float, dtype: torch.dtype) -> bool:
     """Tell whether probabilities too small for the type vanish beside eps anyway.
 
     Then the quotient of Eq. 11 can be formed as written; otherwise it needs logarithms.
@@ -161,7 +161,7 @@ def normalize(
     Masks have the shape they broadcast with. Both results are at least float32.
     """
     dtype = _at_least_float32(logits.dtype)
-    form = _normalize_quotient if _eps_dominates_underflow(eps, dtype) else _normalize_logarithm
+    form = _normalize_quotient if eps_dominates_underflow(eps, dtype) else _normalize_logarithm
     return form(logits, token_dim, slot_dim, eps, mask, slot_mask)
 
 
@@ -212,7 +212,7 @@ def _normalize_composed(
         weights = weights.masked_fill(~mask, 0.0)
     total = weights.sum(token_dim, keepdim=True).clamp(min=1.0)
     dropped_entry: Tensor | float = 0.0
-    by_quotient = _eps_dominates_underflow(eps, logits.dtype)
+    by_quotient = eps_dominates_underflow(eps, logits.dtype)
     if by_quotient:
         weights = weights / total
     else:

@@ -1,6 +1,6 @@
-"""Data sets of labeled images: folders, IDX files, CIFAR-10; see :mod:`eanet.data.labeled_sets`."""
+"""Data sets of labeled images; :mod:`eanet.data` reads them."""
 
-from eanet.data import labeled_sets
+from eanet.data import cifar10, imagenet, labeled_sets
 from eanet.data.labeled_images import LabeledArrays, LabeledFiles, labels_of, pixel_statistics
 from eanet.registry import register_dataset
 
@@ -8,9 +8,11 @@ __all__ = [
     "Cifar10",
     "FashionMnist",
     "ImageFolder",
+    "ImageNet",
     "LabeledArrays",
     "LabeledFiles",
     "Mnist",
+    "TinyImageNet",
     "labels_of",
     "pixel_statistics",
 ]
@@ -32,5 +34,15 @@ class Mnist(labeled_sets.Mnist):
 
 
 @register_dataset("cifar10")
-class Cifar10(labeled_sets.Cifar10):
+class Cifar10(cifar10.Cifar10):
     """CIFAR-10: small photographs of ten classes, 32 x 32."""
+
+
+@register_dataset("tiny_imagenet")
+class TinyImageNet(imagenet.TinyImageNet):
+    """Tiny-ImageNet: 200 classes of ImageNet at 64 x 64 pixels."""
+
+
+@register_dataset("imagenet")
+class ImageNet(imagenet.ImageNet):
+    """ImageNet-1k (ILSVRC 2012), or some of its classes."""

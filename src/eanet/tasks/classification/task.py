@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from eanet import registry
 from eanet.data.files import decode_image
-from eanet.data.labeled_images import with_validation
-from eanet.data.splits import Dataset, Splits
+from eanet.data.splits import Dataset, Splits, with_validation
 from eanet.engine.task import Update
 from eanet.recipe import DataSpec
 from eanet.report.page import Section
@@ -110,7 +109,8 @@ class ClassificationTask:
         source = registry.dataset("classification", data.name)
         registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
         splits: Splits = source(data.root, **data.arguments).splits
-        return with_validation(splits, data.validation_fraction, seed=seed, name=data.name)
+        labels = labels_of(splits.train) if splits.validation is None else None
+        return with_validation(splits, labels, data.validation_fraction, seed=seed, name=data.name)
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from eanet.data.labeled_images import normalize
 from eanet.tasks.classification.samples import Sample, image_to_tensor
 
 __all__ = [
@@ -240,33 +241,6 @@ def mix(
         blend = share * images.float() + (1 - share) * partners.float()
         images = blend.round_().to(torch.uint8)
     return images, share * targets + (1 - share) * targets.flip(0)
-
-
-def normalize(
-    images: UInt8[Tensor, "batch channels height width"],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Float[Tensor, "batch channels height width"]:
-    """Return bytes as float32 of mean 0 and standard deviation 1 over the data set.
-
-    Args:
-        images: bytes.
-        mean: of each channel, for values of 0..1.
-        std: of each channel, for values of 0..1.
-
-    Raises:
-        ValueError: the images have another number of channels.
-    """
-    if images.shape[1] != len(mean) or len(std) != len(mean):
-        raise ValueError(
-            f"images have {images.shape[1]} channels, mean {len(mean)} and std {len(std)} values"
-        )
-    # float64 numbers, rounded once: (x / 255 - mean) / std = x * factor + offset
-    factor = [1 / (255 * value) for value in std]
-    offset = [-center / value for center, value in zip(mean, std, strict=True)]
-    shape = (1, -1, 1, 1)
-    scale = torch.tensor(factor, device=images.device).view(shape)
-    return torch.addcmul(torch.tensor(offset, device=images.device).view(shape), images, scale)
 
 
 def erase(

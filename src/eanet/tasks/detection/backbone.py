@@ -37,6 +37,10 @@ class FixedStatisticsBatchNorm2d(nn.BatchNorm2d):
     are even in training mode; an ordinary batch norm elsewhere in the network is not touched.
     """
 
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.training = False
+
     def train(self, mode: bool = True) -> "FixedStatisticsBatchNorm2d":
         """Stay in evaluation mode."""
         del mode

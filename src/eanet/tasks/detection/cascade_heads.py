@@ -85,6 +85,13 @@ class CascadeHeads(nn.Module):
                 proposals = _refined(drawn, offsets.detach(), stage, sizes)
         return losses
 
+    def look(self, regions: Tensor, detected: Tensor) -> None:
+        """Run what has weights, for counting its cost; see :meth:`RegionHeads.look`."""
+        for head in self.boxes:
+            head(regions)
+        for head in self.masks:
+            head(detected)
+
     def detect(
         self,
         features: Sequence[Tensor],

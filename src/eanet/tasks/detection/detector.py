@@ -1,6 +1,6 @@
 """What all detectors have in common: images of several sizes in, losses or detections out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from eanet.nn.padding import image_sizes
 from eanet.tasks.detection.backbone import Backbone
 from eanet.tasks.detection.cascade_heads import CascadeHeads
+from eanet.tasks.detection.heads import BOX_CELLS, MASK_CELLS
+from eanet.tasks.detection.mmdetection_keys import from_mmdetection
 from eanet.tasks.detection.region_heads import Detections, RegionHeads
 from eanet.tasks.detection.region_proposals import RegionProposals
 
@@ -76,6 +78,9 @@ class Detector(nn.Module):
 
         Raises:
             ValueError: targets are missing in training mode, or do not fit the images.
+
+        On the meta device nothing can be found; all weights run on as many regions as there may
+        be, so that the cost of a pass can be counted.
         """
         if not isinstance(images, Tensor):
             images, sizes = pad_images(images)
@@ -87,7 +92,26 @@ class Detector(nn.Module):
             features = self.backbone(images)
         if self.training:
             return self.losses(features, sizes, targets or [])
+        if images.is_meta:
+            self.look(features)
+            return []
         return self.detect(features, sizes)
+
+    def load_published_weights(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
+        """Take the weights of the same detector of MMDetection 2.x; the block keeps its own.
+
+        Args:
+            tensors: its state.
+            source: how messages call it.
+
+        Raises:
+            UserError: it is another network, or of another number of classes.
+        """
+        self.load_state_dict(from_mmdetection(self.state_dict(), tensors, source), strict=False)
+
+    def look(self, features: list[Tensor]) -> None:
+        """Run what has weights on as many regions as there may be, for counting its cost."""
+        raise NotImplementedError
 
     def losses(
         self,
@@ -131,6 +155,17 @@ class TwoStageDetector(Detector):
         super().__init__(backbone, num_classes)
         self.proposals = proposals
         self.heads = heads
+
+    def look(self, features: list[Tensor]) -> None:
+        """Run what has weights, for counting its cost."""
+        self.proposals.predict(features)
+        batch, channels = features[0].shape[:2]
+        counts = self.proposals.settings.test_count, self.heads.settings.max_detections
+        regions, detected = (
+            features[0].new_empty(batch * count, channels, cells, cells)
+            for count, cells in zip(counts, (BOX_CELLS, MASK_CELLS), strict=True)
+        )
+        self.heads.look(regions, detected)
 
     def losses(
         self,

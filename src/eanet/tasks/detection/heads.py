@@ -13,7 +13,16 @@ from eanet.tasks.detection.instance_masks import mask_targets
 from eanet.tasks.detection.region_proposals import BoxLoss, box_loss
 from eanet.tasks.detection.weights import draw_weights, kaiming_fan_out_, normal_
 
-__all__ = ["BoxHead", "DrawnRegions", "MaskHead", "box_losses", "draw_regions", "mask_loss"]
+__all__ = [
+    "BOX_CELLS",
+    "MASK_CELLS",
+    "BoxHead",
+    "DrawnRegions",
+    "MaskHead",
+    "box_losses",
+    "draw_regions",
+    "mask_loss",
+]
 
 #: edge of the features of a region that class and box, or its mask, are read from
 BOX_CELLS, MASK_CELLS = 7, 14
@@ -45,7 +54,7 @@ class BoxHead(nn.Module):
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (N, classes + 1) and offsets (N, boxes, 4) of regions (N, C, 7, 7)."""
         x = F.relu(self.layer2(F.relu(self.layer1(regions.flatten(1)))))
-        return self.classes(x).float(), self.offsets(x).float().reshape(len(x), -1, 4)
+        return self.classes(x).float(), self.offsets(x).float().reshape(len(x), self.num_boxes, 4)
 
 
 class MaskHead(nn.Module):

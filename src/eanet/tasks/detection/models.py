@@ -11,6 +11,10 @@ All arguments are JSON values. Those of the full-size networks:
 - ``num_slots``, ``inner_channels``, ``attention_norm``: of that block; ``inner_channels=None``
   (null) takes the width of the stage
 - ``pyramid_channels``, ``hidden``, ``mask_width``, ``mask_depth``: widths and depth of the heads
+- ``anchor_scale``: edge of the anchors in strides: 8 starts at 32 pixels
+- ``samples``, ``anchor_samples``: regions and anchors of an image that are learned from
+- ``proposals_per_level``, ``proposal_count``: before and after suppression; ``None`` (null) for the
+  published numbers
 - ``min_score``, ``max_detections``: of what is reported
 """
 
@@ -42,6 +46,7 @@ _SMALL_BOXES: dict[str, Any] = {
     "samples": 64,
     "proposal_count": 128,
     "anchor_samples": 128,
+    "proposals_per_level": 256,
 }
 _SMALL_MASKS: dict[str, Any] = {**_SMALL_BOXES, "mask_width": 64, "mask_depth": 2}
 #: networks for tests
@@ -59,6 +64,7 @@ _TINY_BOXES: dict[str, Any] = {
     "samples": 16,
     "proposal_count": 32,
     "anchor_samples": 32,
+    "proposals_per_level": 64,
 }
 _TINY_MASKS: dict[str, Any] = {**_TINY_BOXES, "mask_width": 16, "mask_depth": 1}
 _WITH: dict[str, Any] = {"attention": "external"}
@@ -105,7 +111,9 @@ def _two_stage(
     mask_depth: int = 4,
     samples: int = 512,
     proposal_count: int | None = None,
+    proposals_per_level: int | None = None,
     anchor_samples: int = 256,
+    anchor_scale: float = 8.0,
     min_score: float = 0.05,
     max_detections: int = 100,
     **backbone_arguments: Any,
@@ -120,6 +128,8 @@ def _two_stage(
         inside_only=not once,
         train_count=proposal_count or (1000 if once else 2000),
         test_count=proposal_count or 1000,
+        train_per_level=proposals_per_level or 2000,
+        test_per_level=proposals_per_level or 1000,
         samples=anchor_samples,
     )
     heads = HeadSettings(
@@ -134,7 +144,9 @@ def _two_stage(
         min_score=min_score,
         max_detections=max_detections,
     )
-    anchors = Anchors(tuple(backbone.strides))
+    if anchor_scale <= 0:
+        raise ValueError(f"anchor_scale must be above 0, got {anchor_scale}")
+    anchors = Anchors(tuple(backbone.strides), scales=(anchor_scale,))
     return TwoStageDetector(
         backbone,
         num_classes,

@@ -124,6 +124,17 @@ class RegionHeads(nn.Module):
             losses["mask"] = mask_loss(self.mask(cut), drawn, targets)
         return losses
 
+    def look(self, regions: Tensor, detected: Tensor) -> None:
+        """Run what has weights, for counting its cost.
+
+        Args:
+            regions: features that boxes are read from.
+            detected: features that masks are read from.
+        """
+        self.box(regions)
+        if self.mask is not None:
+            self.mask(detected)
+
     def detect(
         self,
         features: Sequence[Tensor],

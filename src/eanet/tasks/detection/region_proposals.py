@@ -77,6 +77,12 @@ class RegionProposals(nn.Module):
         draw_weights(self, normal_(0.01))
         self._match = Matcher(positive=0.7, negative=0.3, min_best=0.3)
 
+    def predict(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return logits of objectness and offsets of all anchors, level by level."""
+        hidden = [F.relu(self.convolution(feature)) for feature in features]
+        scores = flat_levels([self.objectness(x) for x in hidden], 1)
+        return scores, flat_levels([self.offsets(x) for x in hidden], 4)
+
     def forward(
         self,
         features: Sequence[Tensor],
@@ -93,9 +99,7 @@ class RegionProposals(nn.Module):
         Returns:
             For each image boxes (N, 4), best first; and the losses.
         """
-        hidden = [F.relu(self.convolution(feature)) for feature in features]
-        scores = flat_levels([self.objectness(x) for x in hidden], 1)
-        deltas = flat_levels([self.offsets(x) for x in hidden], 4)
+        scores, deltas = self.predict(features)
         maps = [(feature.shape[-2], feature.shape[-1]) for feature in features]
         device = features[0].device
         anchors = [self.anchors.grid(n, size, device=device) for n, size in enumerate(maps)]

@@ -78,6 +78,10 @@ class RetinaNet(Detector):
         ]
         return grids, logits, offsets
 
+    def look(self, features: list[Tensor]) -> None:
+        """Run what has weights, for counting its cost."""
+        self._predict(features)
+
     def losses(
         self,
         features: list[Tensor],

@@ -153,6 +153,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         if output_size is not None:
             raise ValueError("output_size is not offered")
         weight = normalized_weight(self, self.weight.transpose(0, 1), self.spectral_norm)
+        assert not isinstance(self.padding, str)
         return F.conv_transpose2d(
             input,
             weight.transpose(0, 1),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from eanet import registry
 from eanet.data.files import decode_image
-from eanet.data.labeled_images import with_validation
-from eanet.data.splits import Splits
+from eanet.data.labeled_images import labels_of
+from eanet.data.splits import Splits, with_validation
 from eanet.engine.task import Update
 from eanet.errors import UserError
 from eanet.recipe import DataSpec, Recipe
@@ -198,7 +198,8 @@ class GenerationTask:
         source = registry.dataset("generation", data.name)
         registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
         splits: Splits = source(data.root, **data.arguments).splits
-        return with_validation(splits, data.validation_fraction, seed=seed, name=data.name)
+        labels = labels_of(splits.train) if splits.validation is None else None
+        return with_validation(splits, labels, data.validation_fraction, seed=seed, name=data.name)
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""Products of a feature map with a thin matrix, the only large work of external attention.
+
+Three shapes make up forward and backward pass: from a map to rows, from rows to a map, and the sum
+over tokens of a map times rows. A map is (batch, channels, tokens) and lies either way: channels
+first, or *token-major*, with the channels of a token side by side, as in (batch, tokens, channels)
+and channels_last. Rows are (batch, slots, tokens), a small fraction of a map, and lie as the map
+they were made from.
+
+On a CPU a map does not fit a cache, so work goes tile by tile and whatever follows a product is
+applied to its tile before the next. And products go to the library that is fastest at their shape:
+oneDNN, which PyTorch uses for convolutions, rather than the BLAS behind ``torch.mm``, which on some
+processors leaves half of their width unused. The operator is the one that inductor emits; where it
+is missing, ``torch.mm`` gives the same up to rounding (``docs/decisions/0013-thin-products.md``).
+"""
+
+import platform
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "empty_map",
+    "is_token_major",
+    "map_from_rows",
+    "multiply",
+    "parts",
+    "rows_from_map",
+    "sum_over_tokens",
+]
+
+#: multiply-adds of one product below which the call costs more than oneDNN saves
+_LEAST_MACS_OF_ONEDNN = 1 << 19
+#: entries of a tile of a map: 8 MiB of float32 with the tokens side by side, where short rows
+#: waste lines of the cache, and 2 MiB token-major
+_TILE_ENTRIES, _TOKEN_MAJOR_TILE_ENTRIES = 1 << 21, 1 << 19
+#: most tokens of a tile whose tokens lie side by side
+_TILE_TOKENS = 1 << 14
+#: tokens that are summed at once where the channels of a token lie side by side
+_TOKEN_MAJOR_SUM_TOKENS = 1 << 12
+
+
+def is_token_major(tensor: Tensor) -> bool:
+    """Tell whether the channels of a token in (batch, channels, tokens) lie side by side."""
+    return tensor.shape[1] > 1 and tensor.stride(1) == 1
+
+
+def empty_map(like: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an empty (batch, num_rows, tokens) that lies as a map does."""
+    batch, _, tokens = like.shape
+    if is_token_major(like):
+        return like.new_empty((batch, tokens, num_rows), dtype=dtype).transpose(1, 2)
+    return like.new_empty((batch, num_rows, tokens), dtype=dtype)
+
+
+def parts(length: int, most: int) -> Iterator[slice]:
+    """Yield slices that cut a length into parts of at most ``most``."""
+    for start in range(0, length, most):
+        yield slice(start, min(start + most, length))
+
+
+def _uses_onednn(tensor: Tensor) -> bool:
+    """Tell whether large products of the tensor go to oneDNN."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of two matrices, by the library that is fastest at their shape.
+
+    Args:
+        left: (rows, inner).
+        right: (inner, columns).
+
+    Returns:
+        (rows, columns), with the entries of a row side by side.
+    """
+    macs = left.shape[0] * left.shape[1] * right.shape[1]
+    # an operand with gaps would take a path of oneDNN that is orders of magnitude slower
+    dense = left.is_contiguous() and (right.is_contiguous() or right.t().is_contiguous())
+    if macs >= _LEAST_MACS_OF_ONEDNN and dense and _uses_onednn(left):
+        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+    return torch.mm(left, right)
+
+
+def _in_tiles(tensor: Tensor) -> bool:
+    """Tell whether a map is worked on in tiles."""
+    return tensor.device.type == "cpu" and tensor.numel() > _TOKEN_MAJOR_TILE_ENTRIES
+
+
+def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
+    """Return ``weight @ source``: a thin matrix (slots, channels) times a map, as fresh rows.
+
+    Args:
+        weight: (slots, channels), in the type of the map.
+        source: (batch, channels, tokens).
+    """
+    if is_token_major(source):
+        tokens_of = source.transpose(1, 2)
+        if tokens_of.is_contiguous():
+            rows = multiply(tokens_of.flatten(0, 1), weight.t())
+            rows = rows.view(*tokens_of.shape[:2], weight.shape[0])
+        else:
+            rows = torch.stack([multiply(sample, weight.t()) for sample in tokens_of.unbind()])
+        return rows.transpose(1, 2)
+    weight = weight.contiguous()
+    if source.shape[0] == 1 and source.shape[2] <= _TILE_TOKENS:
+        return multiply(weight, source[0]).unsqueeze(0)
+    if not _in_tiles(source):
+        return torch.bmm(weight.expand(source.shape[0], *weight.shape), source)
+    out = empty_map(source, weight.shape[0])
+    for sample, target in zip(source, out, strict=True):
+        # a part is copied together: rows that lie far apart would meet in the same cache lines
+        for tokens in parts(source.shape[2], _TILE_TOKENS):
+            target[:, tokens] = multiply(weight, sample[:, tokens].contiguous())
+    return out
+
+
+def map_from_rows(
+    weight: Tensor,
+    rows: Tensor,
+    *,
+    base: Tensor | None,
+    relu: bool = False,
+    out: Tensor,
+) -> Tensor:
+    """Write ``base + weight @ rows``, rectified where wanted, to a map.
+
+    Args:
+        weight: (channels, slots), in the type of the map.
+        rows: (batch, slots, tokens), in the type of the map.
+        base: (batch, channels, tokens) to add, or nothing.
+        relu: whether to rectify.
+        out: (batch, channels, tokens); it may be the same tensor as ``base``.
+
+    Returns:
+        ``out``.
+    """
+    if not _in_tiles(out):
+        expanded = weight.expand(rows.shape[0], *weight.shape)
+        if base is None:
+            out.copy_(_batched_product(expanded, rows))
+        elif base is out:
+            out.add_(_batched_product(expanded, rows))
+        else:
+            torch.baddbmm(base, expanded, rows, out=out)
+        return out.relu_() if relu else out
+    for sample in range(out.shape[0]):
+        for channels, tokens, tile in _tiles(weight, rows[sample], is_token_major(out)):
+            target = out[sample, channels, tokens]
+            if base is None:
+                target.copy_(tile)
+            else:
+                torch.add(tile, base[sample, channels, tokens], out=target)
+            if relu:
+                target.relu_()
+    return out
+
+
+def _tiles(
+    weight: Tensor, rows: Tensor, token_major: bool
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield channels, tokens and entries of the tiles of ``weight @ rows`` for one sample."""
+    num_channels, num_tokens = weight.shape[0], rows.shape[1]
+    if token_major:
+        for tokens in parts(num_tokens, max(1, _TOKEN_MAJOR_TILE_ENTRIES // num_channels)):
+            yield slice(None), tokens, multiply(rows[:, tokens].t(), weight.t()).t()
+        return
+    for tokens in parts(num_tokens, _TILE_TOKENS):
+        of_tokens = rows[:, tokens].contiguous()
+        for channels in parts(num_channels, max(1, _TILE_ENTRIES // of_tokens.shape[1])):
+            yield channels, tokens, multiply(weight[channels], of_tokens)
+
+
+def _batched_product(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return (batch, channels, slots) times rows, lying as the rows do."""
+    if is_token_major(rows):
+        return torch.bmm(rows.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(weight, rows)
+
+
+def sum_over_tokens(rows: Tensor, source: Tensor) -> Tensor:
+    """Return ``rows @ source^T`` (slots, channels), summed over tokens and samples.
+
+    Args:
+        rows: (batch, slots, tokens), in the type of the map.
+        source: (batch, channels, tokens), lying as the rows do.
+    """
+    if not _in_tiles(source):
+        return torch.bmm(rows, source.transpose(1, 2)).sum(0)
+    total = source.new_zeros((rows.shape[1], source.shape[1]))
+    # sums of parts round less than one long sum; and rows side by side cost a copy of little, while
+    # maps with gaps between their rows have to be copied together
+    most = _TOKEN_MAJOR_SUM_TOKENS if is_token_major(source) else _TILE_TOKENS
+    for left, right in zip(rows, source, strict=True):
+        for tokens in parts(source.shape[2], most):
+            of_tokens = right[:, tokens]
+            if not is_token_major(source):
+                of_tokens = of_tokens.contiguous()
+            total += multiply(left[:, tokens].contiguous(), of_tokens.t())
+    return total

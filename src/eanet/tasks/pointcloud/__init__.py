@@ -1,0 +1,1 @@
+"""Point clouds: PCT with external attention (EAT), classification and part segmentation."""

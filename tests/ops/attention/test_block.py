@@ -1,0 +1,114 @@
+"""The block function where it works in parts and tiles, and with a buffer of the caller."""
+
+import pytest
+import torch
+
+from eanet.ops.attention.block import BatchNormArguments, external_attention_block
+from eanet.ops.attention.block_function import BlockOperands, BlockOptions, composed_block
+
+CASES = {
+    "plain": {"bias": None, "scale": None, "batch_norm_eps": None, "relu": True},
+    "bias": {"bias": True, "scale": None, "batch_norm_eps": None, "relu": False},
+    "batch norm": {"bias": True, "scale": True, "batch_norm_eps": 1e-5, "relu": True},
+}
+
+
+def block_operands(tokens, layout="channels first", dtype=torch.float32, batch=1):
+    """Return x, key, value, bias, scale and a mask; wide logits, some samples end early."""
+    torch.manual_seed(tokens)
+    channels, slots = 32, 6
+    x = torch.randn(batch, channels, tokens, dtype=dtype)
+    if layout == "token-major":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    key = 0.5 * torch.randn(slots, channels, dtype=dtype)
+    value = torch.randn(channels, slots, dtype=dtype)
+    bias, scale = torch.randn(2, channels, dtype=dtype)
+    mask = torch.arange(tokens) < torch.tensor([[tokens - tokens // 3]] * batch)
+    return x, key, value, bias, scale, mask
+
+
+def run_block(operands, options, function):
+    """Return result, statistics and the gradients of all tensors."""
+    tensors = [t.detach().requires_grad_() if torch.is_tensor(t) else t for t in operands[:6]]
+    out, mean, variance = function(BlockOperands(*tensors, operands.mask), options)
+    torch.manual_seed(1)
+    cotangent = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    wanted = [tensor for tensor in tensors if tensor is not None]
+    return [out, mean, variance, *torch.autograd.grad(out, wanted, cotangent)]
+
+
+def direct(operands, options):
+    """Call the public function as ``composed_block`` is called."""
+    x, key, value, key_bias, bias, scale, mask = operands
+    batch_norm = None
+    if options.batch_norm_eps is not None:
+        batch_norm = BatchNormArguments(scale, bias, options.batch_norm_eps)
+    out, statistics = external_attention_block(
+        x, key, value, key_bias=key_bias, bias=None if batch_norm else bias, batch_norm=batch_norm,
+        norm=options.norm, eps=options.eps, mask=mask, residual=options.residual, relu=options.relu,
+    )  # fmt: skip
+    if statistics is None:
+        return out, x.new_zeros(0), x.new_zeros(0)
+    return out, statistics.mean, statistics.variance
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["channels first", "token-major"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_many_parts_equal_the_composed_form_in_float64(case, layout, masked):
+    tokens = 2 * 16384 + 1235  # three parts, and tiles of a map of more than 2^19 entries
+    x, key, value, bias, scale, mask = block_operands(tokens, layout)
+    operands = BlockOperands(
+        x, key, value, None, bias if case["bias"] else None, scale if case["scale"] else None,
+        mask if masked else None,
+    )  # fmt: skip
+    options = BlockOptions("double", 1e-9, case["batch_norm_eps"], True, case["relu"])
+    exact = BlockOperands(*(t.double() if t is not None and t.is_floating_point() else t
+                            for t in operands))  # fmt: skip
+    expected = run_block(exact, options, composed_block)
+    composed = run_block(operands, options, composed_block)
+    for name, actual, other, right in zip(
+        range(len(expected)), run_block(operands, options, direct), composed, expected, strict=True
+    ):
+        if right.numel():
+            error, usual = ((t.double() - right).norm() / right.norm() for t in (actual, other))
+            assert error < 2 * usual + 4 * torch.finfo(torch.float32).eps, (name, error, usual)
+    in_float64 = run_block(exact, options, direct)
+    for actual, right in zip(in_float64, expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-9, atol=1e-11 * max(1, right.numel()))
+
+
+@pytest.mark.parametrize("layout", ["channels first", "token-major"])
+@pytest.mark.parametrize("tokens", [1, 50, 40_000])
+def test_a_buffer_of_the_caller_takes_the_result(tokens, layout):
+    x, key, value, bias, _, mask = block_operands(tokens, layout, batch=2)
+    arguments = {"bias": bias, "mask": mask}
+    expected, _ = external_attention_block(x, key, value, **arguments)
+    buffer = torch.full_like(x, torch.nan)
+    found, _ = external_attention_block(x, key, value, **arguments, out=buffer)
+    assert found is buffer
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    external_attention_block(x, key, value, **arguments, out=x)  # in place
+    torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_buffer_that_does_not_fit_is_refused(without_shape_checks):
+    x, key, value, *_ = block_operands(10)
+    wide = torch.randn(1, 32, 20)
+    for given, out, message in (
+        (x, torch.empty(1, 32, 9), r"out must be \(1, 32, 10\)"),
+        (x, torch.empty(1, 32, 10, dtype=torch.float64), "float64"),
+        (wide[..., :10], wide[..., 5:15], "x itself or have memory of its own"),
+        (x.requires_grad_(), torch.empty(1, 32, 10), "no_grad"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            external_attention_block(given, key, value, out=out)
+
+
+def test_no_tokens_give_nothing():
+    x = torch.zeros(2, 4, 0, requires_grad=True)
+    key, value = torch.ones(3, 4, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    out, _ = external_attention_block(x, key, value)
+    gradients = torch.autograd.grad(out.sum(), [x, key, value])
+    assert out.shape == x.shape
+    assert all((gradient == 0).all() for gradient in gradients)

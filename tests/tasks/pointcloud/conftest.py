@@ -1,0 +1,12 @@
+"""One thread: networks this small lose more by waiting for a second one than it computes."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
