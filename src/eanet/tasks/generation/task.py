@@ -379,7 +379,7 @@ class GenerationTask:
         device = next(self.networks["generator"].parameters()).device
         figures = sections.compare_real(self, splits, test, device)
         if self.judge.kind != "inception" or device.type != "cpu":
-            draws = sections.draw_spread(self, test)
+            draws = sections.draw_spread(self, test, device)
             figures[f"{self.best_metric}_spread"] = statistics.stdev(draws)
         return figures
 
