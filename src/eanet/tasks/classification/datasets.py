@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from eanet.data.files import IMAGE_SUFFIXES, decode_image, read_idx
+from eanet.data.files import IMAGE_SUFFIXES, decode_image, read_idx, require_root
 from eanet.data.splits import Dataset, Splits, Subset, carve_validation
 from eanet.errors import UserError
 from eanet.registry import register_dataset
@@ -109,16 +109,6 @@ def pixel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.maximum(std, 1e-3).tolist()
 
 
-def _require_root(root: str | None, name: str, what: str) -> Path:
-    """Return the folder of a data set, which must exist."""
-    if root is None:
-        raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise UserError(f"data set {name!r}: the folder {str(path)!r} does not exist")
-    return path
-
-
 def _facts(
     class_names: Sequence[str],
     mean: Sequence[float],
@@ -206,7 +196,7 @@ class ImageFolder:
         std: Sequence[float] | None = None,
         test_fraction: float = 0.2,
     ) -> None:
-        folder = _require_root(root, "image_folder", "a folder per class")
+        folder = require_root(root, "image_folder", "a folder per class")
         if in_channels not in (1, 3):
             raise UserError(f"image_folder: in_channels must be 1 or 3, got {in_channels}")
         self._mode: Literal["L", "RGB"] = "RGB" if in_channels == 3 else "L"
@@ -306,7 +296,7 @@ class _IdxImages:
     class_names: tuple[str, ...]
 
     def __init__(self, root: str | None) -> None:
-        folder = _require_root(root, self.name, "train-images-idx3-ubyte and its three companions")
+        folder = require_root(root, self.name, "train-images-idx3-ubyte and its three companions")
         if (folder / self.subfolder / "raw").is_dir():
             folder = folder / self.subfolder / "raw"
         elif (folder / "raw").is_dir():
@@ -383,7 +373,7 @@ class Cifar10:
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
     def __init__(self, root: str | None) -> None:
-        folder = _require_root(root, "cifar10", "train/ and test/, or the binary version")
+        folder = require_root(root, "cifar10", "train/ and test/, or the binary version")
         nested = ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar10")
         folder = next((folder / name for name in nested if (folder / name).is_dir()), folder)
         if (folder / "train").is_dir():
