@@ -26,7 +26,7 @@ from torch import nn
 from eanet import hub, judges, registry
 from eanet._version import __version__
 from eanet.data.loading import derive_seed, seed_generators
-from eanet.data.splits import Splits
+from eanet.data.splits import Splits, open_splits
 from eanet.engine.distributed import Processes, join_processes
 from eanet.engine.evaluation import evaluate as evaluate_task
 from eanet.engine.evaluation import evaluating
@@ -116,7 +116,7 @@ def load_splits(recipe: Recipe) -> Splits:
     Raises:
         UserError: the data set is unknown, or its folder is missing or damaged.
     """
-    return registry.task(recipe.task).load_splits(recipe.data, seed=recipe.train.seed)
+    return open_splits(recipe.data, task=recipe.task, seed=recipe.train.seed)
 
 
 def build_task(

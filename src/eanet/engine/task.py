@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from eanet.data.splits import Splits
-from eanet.recipe import DataSpec
 from eanet.report.page import Section
 
 __all__ = ["Batch", "Metrics", "Task", "Update", "VisualTask"]
@@ -116,11 +115,6 @@ class VisualTask(Task, Protocol):
     facts: dict[str, Any]
 
     def __init__(self, model: nn.Module, facts: Mapping[str, Any], **options: Any) -> None: ...
-
-    @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; carve a validation split out of training where it has none."""
-        ...
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from eanet import registry
-from eanet.data.splits import Splits, Subset
+from eanet.data.splits import Splits, Subset, open_splits
 from eanet.engine.optim import parameter_groups
 from eanet.engine.schedule import Timetable, learning_rate_factor
 from eanet.errors import UserError
@@ -38,7 +38,7 @@ def batch_of(task, dataset, indices, *, training=False):
 
 @pytest.fixture(scope="module")
 def splits():
-    return ClassificationTask.load_splits(DataSpec(name="digits"), seed=0)
+    return open_splits(DataSpec(name="digits"), task="classification", seed=0)
 
 
 # data
@@ -48,8 +48,8 @@ def test_splits_are_disjoint_complete_and_a_function_of_the_seed(splits):
     train, validation = set(splits.train.indices), set(splits.validation.indices)
     assert not train & validation
     assert len(train) + len(validation) + len(splits.test) == 1797
-    again = ClassificationTask.load_splits(DataSpec(name="digits"), seed=0)
-    other = ClassificationTask.load_splits(DataSpec(name="digits"), seed=1)
+    again = open_splits(DataSpec(name="digits"), task="classification", seed=0)
+    other = open_splits(DataSpec(name="digits"), task="classification", seed=1)
     assert again.validation.indices == splits.validation.indices != other.validation.indices
     assert labels_of(other.test) == labels_of(splits.test)
     assert np.bincount(labels_of(splits.validation)).min() >= 13
@@ -57,11 +57,13 @@ def test_splits_are_disjoint_complete_and_a_function_of_the_seed(splits):
 
 def test_data_is_refused_by_name():
     with pytest.raises(UserError, match="digit"):
-        ClassificationTask.load_splits(DataSpec(name="digit"), seed=0)
+        open_splits(DataSpec(name="digit"), task="classification", seed=0)
     with pytest.raises(UserError, match="validation_fraction"):
-        ClassificationTask.load_splits(DataSpec(name="digits", validation_fraction=1.5), seed=0)
+        open_splits(DataSpec(name="digits", validation_fraction=1.5), task="classification", seed=0)
     with pytest.raises(UserError, match="shuffle"):
-        ClassificationTask.load_splits(DataSpec(name="digits", arguments={"shuffle": 1}), seed=0)
+        open_splits(
+            DataSpec(name="digits", arguments={"shuffle": 1}), task="classification", seed=0
+        )
 
 
 def test_model_arguments():

@@ -12,6 +12,7 @@ from PIL import Image
 from tasks.detection.networks import KINDS
 
 from eanet import hub, registry, run
+from eanet.data.splits import open_splits
 from eanet.engine.checkpoint import CheckpointWarning
 from eanet.errors import UserError
 from eanet.prediction import predict
@@ -155,7 +156,9 @@ def test_validation_is_set_apart_where_there_is_none(monkeypatch):
             self.splits.validation = None
 
     monkeypatch.setattr(registry, "dataset", lambda task, name: WithoutValidation)
-    splits = DetectionTask.load_splits(DataSpec(name="scenes", validation_fraction=0.25), seed=0)
+    splits = open_splits(
+        DataSpec(name="scenes", validation_fraction=0.25), task="detection", seed=0
+    )
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (9, 3, 3)
 
 

@@ -9,6 +9,7 @@ import torch
 import trimesh
 
 from eanet import registry
+from eanet.data.splits import open_splits
 from eanet.errors import UserError
 from eanet.recipe import DataSpec
 from eanet.tasks.pointcloud.builtin import CATEGORIES, build_solid
@@ -328,7 +329,7 @@ def test_real_data(task, name, folder, data_dir):
     root = data_dir / folder
     if not root.is_dir():
         pytest.skip(f"no {folder} in {data_dir}")
-    splits = registry.task(task).load_splits(DataSpec(name=name, root=str(root)), seed=0)
+    splits = open_splits(DataSpec(name=name, root=str(root)), task=task, seed=0)
     assert set(splits.named()) == {"train", "validation", "test"}
     assert splits.train[0].points.shape == (2048, 3)
     names = (root / "shape_names.txt", root / "all_object_categories.txt")

@@ -8,7 +8,7 @@ import torch
 
 from eanet import registry
 from eanet.cli import main
-from eanet.data.splits import Subset
+from eanet.data.splits import Subset, open_splits
 from eanet.engine.evaluation import evaluate
 from eanet.errors import UserError
 from eanet.prediction import predict
@@ -16,7 +16,7 @@ from eanet.recipe import DataSpec, ModelSpec, OptimSpec, Recipe, TrainSpec
 from eanet.run import train
 from eanet.tasks.pointcloud import transforms
 from eanet.tasks.pointcloud.samples import Sample, collate
-from eanet.tasks.pointcloud.task import PartSegmentationTask, PointClassificationTask
+from eanet.tasks.pointcloud.task import PartSegmentationTask
 
 DATA = DataSpec(name="solids", arguments={"per_category": [3, 1, 2], "num_points": 128})
 CLASSES = Recipe(
@@ -39,7 +39,7 @@ PARTS = Recipe(
 
 @pytest.fixture(scope="module")
 def splits():
-    return PointClassificationTask.load_splits(DATA, seed=0)
+    return open_splits(DATA, task="pointcloud", seed=0)
 
 
 def task_of(recipe, splits, *, dropout=0.5, **options):

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from eanet import registry
 from eanet.data.files import decode_image
 from eanet.data.labeled_images import image_to_tensor, normalize
-from eanet.data.splits import Splits, Subset, carve_validation
+from eanet.data.splits import Splits
 from eanet.engine.task import Update
-from eanet.errors import UserError
-from eanet.recipe import DataSpec
 from eanet.report.page import Section
 from eanet.tasks.segmentation import pictures
 from eanet.tasks.segmentation.inference import Protocol, segment
@@ -152,31 +150,6 @@ class SegmentationTask:
         )
 
     # data
-
-    @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; where it has no validation split, carve one.
-
-        Raises:
-            UserError: the data set cannot be opened or is too small to be divided.
-        """
-        source = registry.dataset("segmentation", data.name)
-        registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
-        splits: Splits = source(data.root, **data.arguments).splits
-        if splits.validation is not None:
-            return splits
-        try:
-            train, validation = carve_validation(
-                None, len(splits.train), data.validation_fraction, seed=seed
-            )
-        except ValueError as error:
-            raise UserError(f"data set {data.name!r}: validation_fraction: {error}") from error
-        return Splits(
-            train=Subset(splits.train, train),
-            validation=Subset(splits.train, validation),
-            test=splits.test,
-            facts=splits.facts,
-        )
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
