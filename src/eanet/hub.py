@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from eanet import registry
 from eanet._version import __version__
 from eanet.errors import UserError
+from eanet.nn.insertion import BLOCK_NAME
 
 __all__ = [
     "copy_weights",
@@ -254,8 +255,9 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_new_head: bool = F
     Args:
         model: the network to fill.
         path: the file.
-        allow_new_head: whether tensors whose shape differs keep their fresh values, as when a
-            classifier is fine-tuned on other classes.
+        allow_new_head: whether tensors that differ in their first axis alone, the outputs, keep
+            their fresh values, as when a classifier is fine-tuned on other classes; and tables of
+            another size that the network makes itself and does not train.
 
     Returns:
         The names of tensors that kept their fresh values.
@@ -280,8 +282,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def copy_weights(
     model: nn.Module, tensors: dict[str, Tensor], *, source: str, allow_new_head: bool = False
 ) -> list[str]:
-    """Copy tensors into a network by name, strictly; see :func:`load_weights`."""
+    """Copy tensors into a network by name, strictly; see :func:`load_weights`.
+
+    With ``allow_new_head`` a block of external attention that was inserted since the tensors were
+    saved keeps its fresh values too.
+    """
     own = model.state_dict()
+    inserted = [n for n in own.keys() - tensors.keys() if f".{BLOCK_NAME}." in n]
+    if allow_new_head:
+        tensors = {**tensors, **{name: own[name] for name in inserted}}
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         name = (missing or unexpected)[0]
@@ -291,11 +300,15 @@ def copy_weights(
             f"({len(missing)} missing, {len(unexpected)} unknown)"
         )
     fresh = [name for name, tensor in own.items() if tensors[name].shape != tensor.shape]
-    if fresh and not allow_new_head:
-        name = fresh[0]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in fresh:
+        given, wanted = tuple(tensors[name].shape), tuple(own[name].shape)
+        # a head of other classes has other rows; what is not trained, the network makes itself
+        if allow_new_head and (given[1:] == wanted[1:] or name not in trained):
+            continue
         raise UserError(
-            f"{source}: {name!r} has shape {tuple(tensors[name].shape)}, "
-            f"the network expects {tuple(own[name].shape)}"
+            f"{source}: {name!r} has shape {given}, the network expects {wanted}"
+            + ("; only a head may differ, in its outputs" if allow_new_head else "")
         )
     model.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if name not in fresh}, strict=not fresh

@@ -38,7 +38,8 @@ class ModelSpec:
             (``num_classes``, ``in_channels``).
         init: a run folder or weights file to start from; a head of another size is re-made.
             ``backbone:FILE`` fills the backbone alone, ``backbone:timm/NAME`` with timm's weights
-            of that name, which are downloaded.
+            of that name, which are downloaded. ``published:FILE`` fills the whole network with
+            weights that others published, where its task knows their names.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """Measured runs as files: one JSON a run, from which every table of measurements is made."""
 
+import fnmatch
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def record_run(folder: str | Path, out: str | Path) -> Path:
         out: the folder of results.
 
     Returns:
-        The file: ``<recipe>-seed<seed>.json``, slashes of the recipe's id as dashes.
+        The file: ``<recipe>-seed<seed>.json``, slashes of the recipe's id as dashes; of a task
+        with several figures that of the first, beside ``...-<key>.json`` for the others.
 
     Raises:
         UserError: the folder is no finished run, or its recipe was changed by overrides.
@@ -57,15 +59,9 @@ def record_run(folder: str | Path, out: str | Path) -> Path:
     metrics = hub.read_json(folder / "metrics.json")
     environment = hub.read_json(folder / "environment.json")
     name = recipe_id(recipe)
-    room = registry.task(recipe.task)
-    key = f"ema/{room.best_metric}" if recipe.train.ema_decay else room.best_metric
-    metric, scale = room.published_metric
     split = "test" if "test" in metrics else "validation"
     gpus = environment["gpus"]
-    result = {
-        "recipe": name,
-        "metric": metric,
-        "value": metrics[split][key] * scale,
+    common = {
         "split": split,
         "weights": "averaged" if recipe.train.ema_decay else "raw",
         "seed": recipe.train.seed,
@@ -82,13 +78,36 @@ def record_run(folder: str | Path, out: str | Path) -> Path:
     }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name.replace('/', '-')}-seed{recipe.train.seed}.json"
-    write_text(path, json.dumps(result, indent=2) + "\n")
-    return path
+    paths: list[Path] = []
+    for key, metric, scale in _recorded_figures(recipe, metrics[split]):
+        value = metrics[split][f"ema/{key}" if recipe.train.ema_decay else key] * scale
+        result = {"recipe": name, "metric": metric, "value": value, **common}
+        suffix = f"-{key}" if paths else ""
+        paths.append(out / f"{name.replace('/', '-')}-seed{recipe.train.seed}{suffix}.json")
+        write_text(paths[-1], json.dumps(result, indent=2) + "\n")
+    return paths[0]
 
 
-def format_results(folder: str | Path) -> str:
+def _recorded_figures(
+    recipe: Recipe, metrics: Mapping[str, float]
+) -> Sequence[tuple[str, str, float]]:
+    """Return for each figure to record its key, its name with the unit, and the factor to that.
+
+    A task whose figures depend on how they were measured says so by ``recorded_figures(recipe,
+    metrics)``.
+    """
+    room = registry.task(recipe.task)
+    if hasattr(room, "recorded_figures"):
+        return room.recorded_figures(recipe, metrics)
+    return [(room.best_metric, *room.published_metric)]
+
+
+def format_results(folder: str | Path, recipes: str = "*") -> str:
     """Return what was measured as a Markdown table: mean and spread over the seeds.
+
+    Args:
+        folder: of the results.
+        recipes: a pattern of ids as in a shell, such as ``classification_small/*``.
 
     Raises:
         UserError: the folder is missing, or a file in it is no result.
@@ -99,6 +118,8 @@ def format_results(folder: str | Path) -> str:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = read_result(path)
+        if not fnmatch.fnmatchcase(result["recipe"], recipes):
+            continue
         groups.setdefault((result["recipe"], result["metric"]), []).append(result)
     lines = [
         "| recipe | metric | mean | standard deviation | seeds | seconds a run | hardware |",

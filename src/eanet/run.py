@@ -12,7 +12,8 @@ A run folder holds everything a run is and has become::
     report.html        the page about the run
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,17 +30,18 @@ from eanet.data.splits import Splits
 from eanet.engine.distributed import Processes, join_processes
 from eanet.engine.evaluation import evaluate as evaluate_task
 from eanet.engine.evaluation import evaluating
-from eanet.engine.run_folder import RunFolder, write_text
+from eanet.engine.progress import say
+from eanet.engine.run_folder import LOCK_NAME, RunFolder, write_text
 from eanet.engine.state import load_networks
 from eanet.engine.task import VisualTask
 from eanet.engine.trainer import Trainer
 from eanet.errors import UserError, unknown_name
-from eanet.published_file import read_checkpoint
 from eanet.recipe import Recipe
 from eanet.recipe_file import dump_recipe, load_recipe, override
 from eanet.report.curves import read_records, training_curves
 from eanet.report.figures import picture
 from eanet.report.page import Section, Table, write_page
+from eanet.starting_weights import start_from
 
 __all__ = [
     "OpenRun",
@@ -67,7 +69,8 @@ class RunResult:
     Args:
         folder: the run folder.
         metrics: for each split the metrics of the best checkpoint, averaged weights under
-            ``ema/...``; ``baselines`` holds simple methods on the test split.
+            ``ema/...``, those of the newest checkpoint that a task asks for under ``last/...``;
+            ``baselines`` holds simple methods on the test split.
         page: the page about the run; ``None`` on processes that write none.
     """
 
@@ -231,12 +234,14 @@ def train(
         arguments = _model_arguments(recipe, splits.facts)
         seed_generators(derive_seed("weights", recipe.train.seed))
         task = build_task(recipe, splits.facts, arguments)
-        if recipe.model.init is not None:
-            _start_from(task, recipe.model.init)
         judges.hand_over(task, judge, load=load)
         opened = OpenRun(run_folder, recipe, task)
         # a recipe that does not fit the checkpoints is refused by fit() and must leave no trace
         starts = not run_folder.checkpoints.exists()
+        if recipe.model.init is not None and starts:
+            said = start_from(task.model, recipe.model.init, load=load)
+            if processes.is_main:
+                say(said)
         if processes.is_main and starts:
             _write_description(opened, arguments)
             judges.keep_judge(judge, run_folder.path, load=load)
@@ -267,59 +272,11 @@ def _write_description(opened: OpenRun, arguments: Mapping[str, Any]) -> None:
 
 def _refuse_a_used_folder(folder: Path, *, resume: bool) -> None:
     """Protect an earlier run from being overwritten."""
-    if not resume and folder.exists() and any(folder.iterdir()):
+    # a lock alone is what a run leaves that was refused before it started
+    if not resume and folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty; continue its run with --resume, or choose another with --out"
         )
-
-
-def _start_from(task: VisualTask, source: str) -> None:
-    """Load the weights a recipe starts from; a head of another size keeps its fresh values.
-
-    Raises:
-        UserError: the source is neither a run, a saved folder nor a safetensors file.
-    """
-    if source.startswith("backbone:"):
-        _start_backbone_from(task.model, source.removeprefix("backbone:"))
-        return
-    path = Path(source)
-    if path.is_dir() and (path / RECIPE_NAME).is_file():
-        tensors = load(path).state_dict()
-    elif path.is_dir():
-        tensors = hub.from_pretrained(path).state_dict()
-    else:
-        hub.load_weights(task.model, path, allow_new_head=True)
-        return
-    hub.copy_weights(task.model, tensors, source=source, allow_new_head=True)
-
-
-def _start_backbone_from(model: nn.Module, source: str) -> None:
-    """Fill ``model.backbone`` with weights of a classifier.
-
-    Raises:
-        UserError: the network has no such backbone, or the weights are of another one.
-    """
-    backbone = getattr(model, "backbone", None)
-    fill = getattr(backbone, "load_imagenet_weights", None)
-    if fill is None:
-        raise UserError(
-            f"model.init: {type(model).__name__} has no backbone that takes weights by itself"
-        )
-    name = source.removeprefix("timm/")
-    if name == source:
-        fill(read_checkpoint(source).tensors, source=source)
-        return
-    import timm  # seconds to import
-
-    if not timm.is_model(name.partition(".")[0]):
-        raise UserError(f"model.init: timm has no model {name!r}")
-    try:
-        classifier = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever its download raises
-        raise UserError(
-            f"model.init: the weights of timm's {name} cannot be had: {error}"
-        ) from error
-    fill(classifier.state_dict(), source=f"timm's {name}")
 
 
 def _evaluate_splits(
@@ -329,6 +286,7 @@ def _evaluate_splits(
     *,
     names: Sequence[str] = ("test",),
     checkpoint: Literal["best", "last"] = "best",
+    inspect: Callable[[Any], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of splits with raw and, where kept, averaged weights (``ema/...``)."""
     recipe = opened.recipe
@@ -348,6 +306,7 @@ def _evaluate_splits(
                 seed=recipe.train.seed,
                 precision=recipe.train.precision,
                 channels_last=recipe.train.channels_last,
+                inspect=inspect,
             )
             prefix = "ema/" if weights == "ema" else ""
             results.setdefault(name, {}).update({prefix + key: x for key, x in found.items()})
@@ -384,6 +343,7 @@ def evaluate(
     checkpoint: Literal["best", "last"] = "best",
     device: str = "auto",
     overrides: Sequence[str] = (),
+    predictions: Path | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a run on one of its splits.
 
@@ -393,19 +353,37 @@ def evaluate(
         checkpoint: the one with the best validation, or the newest.
         device: ``auto``, ``cpu``, ``cuda``, ...
         overrides: options that replace fields of the recipe, such as ``--data.root``.
+        predictions: a file for what was predicted, as JSON, for tasks whose metrics keep it
+            (detections in COCO's form); of the averaged weights where there are any.
 
     Returns:
         Metrics of the raw weights and, under ``ema/...``, of the averaged ones.
 
     Raises:
-        UserError: the folder is no run, or its data has no such split.
+        UserError: the folder is no run, its data has no such split, or its task keeps no
+            predictions.
     """
     opened = open_run(folder, overrides=overrides, needs_judge=True)
     splits = opened.load_splits()
     if split not in splits.named():
         raise unknown_name(f"split of data set {opened.recipe.data.name!r}:", split, splits.named())
     with join_processes(device) as processes:
-        found = _evaluate_splits(opened, splits, processes, names=(split,), checkpoint=checkpoint)
+
+        def keep(metrics: Any) -> None:
+            if not hasattr(metrics, "results"):
+                raise UserError(f"task {opened.recipe.task!r} keeps no predictions to write")
+            results = metrics.results()  # collects those of all processes
+            if processes.is_main and predictions is not None:
+                write_text(predictions, json.dumps(results) + "\n")
+
+        found = _evaluate_splits(
+            opened,
+            splits,
+            processes,
+            names=(split,),
+            checkpoint=checkpoint,
+            inspect=None if predictions is None else keep,
+        )
     return found[split]
 
 

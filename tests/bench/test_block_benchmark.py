@@ -27,14 +27,23 @@ def test_report_holds_every_form(tmp_path, capsys):
     assert main([*arguments, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert report["shape"] == [1, 32, 12, 12]
-    assert list(report["results"]["inference"]) == ["paper", "product", "fused"]
-    assert list(report["results"]["training"]) == ["paper", "product"]
+    forms = ["paper", "product"]
+    assert list(report["results"]["training"]) == [
+        form + layout for layout in ("", ", channels last") for form in forms
+    ]
+    assert list(report["results"]["inference"]) == [
+        form + layout
+        for layout in ("", ", channels last")
+        for form in [*forms, "fused", "fused, out="]
+    ]
+    assert report["limits"]["training"]["seconds"] > report["limits"]["inference"]["seconds"] > 0
     for forms in report["results"].values():
         for result in forms.values():
             assert len(result["seconds"]) == 2
             assert result["best_seconds"] <= result["median_seconds"]
             assert result["peak_bytes"] > 0
             assert result["max_abs_difference"] < 1e-5
+            assert 0 < result["share_of_limit"] < 2
         assert forms["product"]["peak_bytes"] < forms["paper"]["peak_bytes"]
     table = capsys.readouterr().out
     assert "paper" in table

@@ -101,12 +101,21 @@ def test_the_clock_is_a_real_one():
 
 
 def test_a_matrix_rate_divides_the_products_by_the_time(monkeypatch):
-    def half_a_second(call, *_, **__):
-        assert call().shape == (4, 6)
-        return 0.5
+    shapes, seconds = [], iter([0.5, 0.25])
 
-    monkeypatch.setattr(limits, "fastest_seconds", half_a_second)
-    assert measure_matrix_rate(4, 5, 6, device=CPU) == 4 * 5 * 6 / 0.5
+    def next_seconds(call, *_, **__):
+        call()
+        return next(seconds)
+
+    def multiply(left, right):
+        shapes.append((*left.shape, right.shape[1]))
+        return left @ right
+
+    monkeypatch.setattr(limits, "fastest_seconds", next_seconds)
+    monkeypatch.setattr(limits, "multiply", multiply)
+    monkeypatch.setattr(limits, "TILE_ENTRIES", 16)
+    assert measure_matrix_rate(4, 5, 6, device=CPU) == 4 * 5 * 6 / 0.25  # the faster library
+    assert shapes == [(4, 5, 4), (4, 5, 2)]
 
 
 def test_a_copy_reads_and_writes(monkeypatch):
@@ -114,7 +123,7 @@ def test_a_copy_reads_and_writes(monkeypatch):
     assert measure_copy_rate(device=CPU, num_bytes=4000) == 2 * 4000 / 0.5
     monkeypatch.setattr(limits, "fastest_seconds", lambda call, *_, **__: 0.25)
     rates = measure_machine_rates(device=CPU, cube_side=8, copy_bytes=400)
-    assert rates == MachineRates(8**3 / 0.25, 2 * 400 / 0.25)
+    assert rates == MachineRates(8**3 / 0.25, 2 * 400 / 0.25, 8**3 / 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eanet.nn.external_attention import (
+    ExternalAttention,
+    ExternalAttention2d,
+    MultiHeadExternalAttention,
+)
 from eanet.ops.attention import custom_op, external_attention
 from tests.ops.attention.kernel_cases import (
     CASES,
@@ -182,3 +187,29 @@ def test_memory_stays_below_one_map(gpu):
     out = custom_op.result_only(x, memory)
     extra = torch.cuda.max_memory_allocated() - before - out.nbytes
     assert extra < 2**18 * 256 * 4 / 8, f"{extra / 2**20:.0f} MiB beyond the result"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (ExternalAttention(64, 16, residual="input"), (2, 300, 64)),
+        lambda: (ExternalAttention2d(64, 16, batch_norm=False), (2, 64, 20, 15)),
+        lambda: (ExternalAttention2d(64, 16), (2, 64, 20, 15)),
+        lambda: (MultiHeadExternalAttention(64, 16, num_heads=4, expansion=2), (2, 300, 64)),
+    ],
+)
+def test_modules_take_the_kernels_by_themselves(make, training, gpu, monkeypatch):
+    module, shape = make()
+    module.to(gpu).train(training)
+    x = torch.randn(shape, device=gpu, requires_grad=True)
+    calls, launch = [], custom_op._launch_for
+    monkeypatch.setattr(custom_op, "_launch_for", lambda x: calls.append(x) or launch(x))
+    found = {}
+    for module.backend in (None, "eager"):
+        out = module(x)
+        found[module.backend] = [out, *torch.autograd.grad(out.square().sum(), x)]
+    # the statistics of a batch are the eager form's
+    assert bool(calls) != (training and getattr(module, "norm", None) is not None)
+    for one, other in zip(found[None], found["eager"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())

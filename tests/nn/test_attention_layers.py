@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from eanet.bench.block import PaperBlock
+from eanet.nn.capture import capture_attention
 from eanet.nn.external_attention import (
     ExternalAttention,
     ExternalAttention2d,
@@ -16,6 +17,7 @@ from eanet.nn.external_attention import (
 )
 from eanet.nn.fusion import fuse
 from eanet.nn.self_attention import SelfAttention
+from eanet.nn.streaming import stream
 from eanet.ops.attention import double_normalize, reference, slot_softmax
 from eanet.ops.attention.block import BatchNormArguments
 from eanet.ops.attention.block import external_attention_block as block_function
@@ -486,3 +488,40 @@ def test_double_norm_differs_from_softmax_and_composed_form_agrees():
     torch.testing.assert_close(block_function(x, key, value)[0], composed, rtol=0, atol=1e-13)
     logits = torch.randn(2, 9, 5)
     assert (double_normalize(logits) - slot_softmax(logits)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_results_go_to_a_buffer(fused, layout):
+    block = ExternalAttention2d(12, 5).eval()
+    torch.nn.init.normal_(block.norm.bias)
+    module = block.fused() if fused else block
+    x = torch.randn(2, 12, 6, 4).contiguous(memory_format=layout)
+    buffer = torch.empty_like(x)
+    with torch.no_grad():
+        expected = module(x)
+        assert module(x, out=buffer) is buffer
+        torch.testing.assert_close(buffer, expected, rtol=0, atol=0)
+        with capture_attention(module):
+            assert module(x, out=x) is x
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_results_of_tokens_go_to_a_buffer(fused):
+    layer = ExternalAttention(12, 5, residual="input").eval()
+    layer = layer.fused() if fused else layer
+    x, buffer = torch.randn(2, 9, 12), torch.empty(2, 9, 12)
+    with torch.no_grad():
+        assert layer(x, out=buffer) is buffer
+        torch.testing.assert_close(buffer, layer(x))
+
+
+def test_buffers_that_cannot_be_used_are_refused():
+    block, x = ExternalAttention2d(4, 3).eval(), torch.zeros(1, 4, 3, 2)
+    with pytest.raises(ValueError, match="no_grad"):
+        block(x, out=torch.empty_like(x))
+    with torch.no_grad(), pytest.raises(ValueError, match="contiguous or channels_last"):
+        block(x, out=torch.empty(1, 4, 3, 4)[..., :2])
+    with torch.no_grad(), stream(block), pytest.raises(ValueError, match="chunks"):
+        block(x, out=torch.empty_like(x))

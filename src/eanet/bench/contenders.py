@@ -18,7 +18,7 @@ from eanet.errors import UserError
 from eanet.nn.compared import COMPARED_MODULES
 from eanet.nn.external_attention import ExternalAttention, ExternalAttention2d
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
-from eanet.ops.attention import BACKENDS, external_attention
+from eanet.ops.attention import BACKENDS, GPU_BACKENDS, external_attention
 
 __all__ = ["Contender", "Group", "contenders"]
 
@@ -75,7 +75,7 @@ def contenders(channels: int, num_slots: int, device: torch.device) -> list[Cont
 
 def _functions(num_slots: int, device: torch.device) -> Iterator[Contender]:
     """Yield the contenders without projections."""
-    for backend in BACKENDS:
+    for backend in [*BACKENDS, *(GPU_BACKENDS if device.type == "cuda" else ())]:
         yield Contender(
             f"external attention, {backend}",
             "function",

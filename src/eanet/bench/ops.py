@@ -304,7 +304,25 @@ def _format_times(sweep: Sweep, by_name: dict[str, list[Record]], group: str, mo
         ]
         shares.append(f"{limit.seconds / min(times):.0%}" if times else "-")
     lines.append(_row("our fastest reaches of the first limit", shares))
+    lines.append(_row("our fastest against the fastest self-attention", _advantages(by_name)))
     return "\n".join(lines)
+
+
+def _advantages(by_name: dict[str, list[Record]]) -> list[str]:
+    """Return how many times as fast as ``scaled_dot_product_attention`` ours is, at every size."""
+    best: dict[tuple[int, bool], float] = {}
+    for name, records in by_name.items():
+        for record in records:
+            if record.seconds and (record.ours or name.startswith("scaled_dot_product")):
+                key = record.num_tokens, record.ours
+                best[key] = min(best.get(key, math.inf), record.median_seconds)
+    sizes = [record.num_tokens for record in next(iter(by_name.values()))]
+    return [
+        f"{best[size, False] / best[size, True]:,.3g}x"
+        if {(size, False), (size, True)} <= best.keys()
+        else "-"
+        for size in sizes
+    ]
 
 
 def _format_memory(by_name: dict[str, list[Record]]) -> str:

@@ -2,6 +2,9 @@
 
 block: the block in the paper's form, product form and fused form;
 cost: Table 12 of the paper, published, counted and measured;
+generation: training steps of EAGAN beside those of SAGAN;
+gpu: kernels, torch.compile and contenders on a GPU, unattended in under nine minutes;
+growth: time per token from 16,384 tokens to a million;
 models: whole networks in the paper's form, ours, folded, beside those of timm;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
 points: sampling and point cloud classifiers, in the form of PCT's published code and ours;
@@ -9,7 +12,7 @@ segmentation: a segmentation network part by part, and the loader beside it;
 streaming: ten million tokens and more in constant memory.
 
 Examples:
-  eanet bench block
+  eanet bench block --large-pages
   eanet bench cost --no-measure
   eanet bench models eamlp_7 timm/resnet18
   eanet bench ops --quick
@@ -22,6 +25,9 @@ import argparse
 MEASUREMENTS = {
     "block": "eanet.bench.block",
     "cost": "eanet.bench.cost_table",
+    "generation": "eanet.bench.generation",
+    "gpu": "eanet.bench.gpu",
+    "growth": "eanet.bench.growth",
     "models": "eanet.bench.models",
     "ops": "eanet.bench.ops",
     "points": "eanet.bench.points",

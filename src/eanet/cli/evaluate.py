@@ -4,6 +4,7 @@ Examples:
   eanet evaluate runs/classification_digits-eamlp_tiny
   eanet evaluate runs/try --split validation --checkpoint last
   eanet evaluate runs/try --data.root other/images --json
+  eanet evaluate runs/detector --split validation --predictions results.json
 """
 
 import argparse
@@ -21,6 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--checkpoint", default="best", choices=["best", "last"])
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write detections as COCO results",
+    )
     options.add_device(parser)
     options.add_threads(parser)
 
@@ -36,6 +43,7 @@ def execute(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.checkpoint,
         device=arguments.device,
         overrides=arguments.overrides,
+        predictions=arguments.predictions,
     )
     if arguments.json:
         print(json.dumps(metrics, indent=2))

@@ -71,6 +71,7 @@ def evaluate(
     seed: int = 0,
     precision: Literal["float32", "bfloat16"] = "float32",
     channels_last: bool = False,
+    inspect: Callable[[Any], object] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a task's networks on a split.
 
@@ -86,6 +87,8 @@ def evaluate(
         seed: of what the task draws.
         precision: of the networks.
         channels_last: whether 4-D inputs are stored channels last.
+        inspect: is shown the metrics as the task made them, on every process, when all samples
+            have been added.
 
     Raises:
         UserError: the split is empty or a sample is unusable.
@@ -100,6 +103,7 @@ def evaluate(
         precision=precision,
         channels_last=channels_last,
         stop=lambda: False,
+        inspect=inspect,
     )
     assert metrics is not None
     return metrics
@@ -117,6 +121,7 @@ def evaluate_unless(
     precision: Literal["float32", "bfloat16"],
     channels_last: bool,
     stop: Callable[[], bool],
+    inspect: Callable[[Any], object] | None = None,
 ) -> dict[str, float] | None:
     """Do the work of :func:`evaluate`; return ``None`` as soon as ``stop()`` is true."""
     device = processes.device
@@ -145,6 +150,8 @@ def evaluate_unless(
                 task.validation_step(batch.to(device, channels_last=channels_last), metrics)
     if processes.any(stop()):
         return None
+    if inspect is not None:
+        inspect(metrics)
     return {name: float(value) for name, value in metrics.compute().items()}
 
 

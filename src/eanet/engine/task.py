@@ -109,6 +109,9 @@ class VisualTask(Task, Protocol):
     #: how the paper's tables call `best_metric`, and the factor to their unit
     published_metric: ClassVar[tuple[str, float]]
 
+    # A task may name metrics in `last_metrics`: those of the newest checkpoint are then reported
+    # beside those of the best one, under "last/...".
+
     model: nn.Module
     facts: dict[str, Any]
 

@@ -36,6 +36,7 @@ def capture_attention(model: nn.Module) -> Generator[dict[str, Tensor]]:
 
     def watch(name: str, module: Any) -> torch.utils.hooks.RemovableHandle:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
             with torch.no_grad():
                 maps[name] = module.attention_map(*args, **kwargs)
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from eanet.nn.memories import autocast_input, cast, check_tokens, full_precision
+from eanet.nn.memories import autocast_input, cast, check_tokens, flat_view, full_precision
 from eanet.nn.streaming import StreamedModule
 from eanet.ops.attention import Norm, check_mask, double_normalize, slot_softmax
 from eanet.ops.attention.attention_rows import (
@@ -86,13 +86,15 @@ class FusedExternalAttention(_FusedModule):
         self,
         x: Float[Tensor, "batch tokens in_channels"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
+        *,
+        out: Float[Tensor, "batch tokens channels"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Attend from every token to the memories; arguments as before fusion."""
         check_tokens(x, self.in_channels, "ExternalAttention")
         check_mask(mask, tuple(x.shape[:2]))
         x = autocast_input(x)
         with full_precision(x):
-            out, _ = self.attention_block(
+            result, _ = self.attention_block(
                 self._base(x),
                 self.key,
                 self.value,
@@ -103,8 +105,9 @@ class FusedExternalAttention(_FusedModule):
                 mask=mask,
                 residual=self.residual,
                 relu=False,
+                out=None if out is None else out.transpose(1, 2),
             )
-        return out.transpose(1, 2)
+        return result.transpose(1, 2) if out is None else out
 
     def attention_map(
         self,
@@ -148,12 +151,14 @@ class FusedExternalAttention2d(_FusedModule):
         self,
         x: Float[Tensor, "batch channels height width"],
         mask: Bool[Tensor, "batch height width"] | None = None,
+        *,
+        out: Float[Tensor, "batch channels height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """Attend from every position to the memories; arguments as before fusion."""
         self._check(x, mask)
         x = autocast_input(x)
         with full_precision(x):
-            out, _ = self.attention_block(
+            result, _ = self.attention_block(
                 x.flatten(2),
                 self.key,
                 self.value,
@@ -164,8 +169,9 @@ class FusedExternalAttention2d(_FusedModule):
                 mask=None if mask is None else mask.flatten(1),
                 residual=self.residual,
                 relu=self.relu,
+                out=flat_view(out),
             )
-        return out.reshape(*out.shape[:2], *x.shape[2:])
+        return result.reshape(*result.shape[:2], *x.shape[2:]) if out is None else out
 
     def attention_map(
         self,

@@ -10,7 +10,7 @@ from eanet.nn.channel_norms import ChannelAffine, ValidGroupNorm
 from eanet.nn.external_attention import ExternalAttention
 from eanet.nn.padding import ImageSizes, PaddedExternalAttention2d, find_image_sizes
 
-__all__ = ["insert_external_attention"]
+__all__ = ["BLOCK_NAME", "BranchNorm", "insert_external_attention"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -18,6 +18,7 @@ __all__ = [
     "cast",
     "check_positive",
     "check_tokens",
+    "flat_view",
     "full_precision",
     "project_values",
 ]
@@ -132,6 +133,22 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return the tensor in another type, ``None`` for ``None``."""
     return None if tensor is None else tensor.to(dtype)
+
+
+def flat_view(buffer: Tensor | None) -> Tensor | None:
+    """View a buffer (batch, channels, height, width) as (batch, channels, tokens).
+
+    Raises:
+        ValueError: its rows do not lie one behind the other.
+    """
+    if buffer is None:
+        return None
+    try:
+        return buffer.view(*buffer.shape[:2], -1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"out must be contiguous or channels_last, got strides {buffer.stride()}"
+        ) from error
 
 
 def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor | None:

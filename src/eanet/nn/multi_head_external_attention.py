@@ -11,11 +11,12 @@ from eanet.nn.memories import (
     MemoryInit,
     MemoryModule,
     autocast_input,
+    cast,
     check_positive,
     check_tokens,
     full_precision,
 )
-from eanet.ops.attention import Norm, check_mask
+from eanet.ops.attention import Norm, check_mask, custom_op
 from eanet.ops.attention.attention_rows import attention_rows
 
 __all__ = ["MultiHeadExternalAttention"]
@@ -127,6 +128,8 @@ class MultiHeadExternalAttention(MemoryModule):
         with full_precision(x):
             if self.chunk_tokens is not None:
                 return self._forward_streamed(x, mask)
+            if self.uses_kernels(x, self.num_slots):
+                return self._forward_by_kernels(x, mask)
             # which side is cheaper depends on sizes alone; a mask is applied sample by sample
             thin = mask is None and self._thin_is_cheaper(batch * tokens)
             out = self._forward_thin(x) if thin else self._forward_by_head(x, mask)
@@ -177,6 +180,31 @@ class MultiHeadExternalAttention(MemoryModule):
             bias = bias + weight @ self.memory_value_bias.repeat(self.num_heads)
         heads = heads.view(batch, -1, tokens).transpose(1, 2)
         return F.linear(heads, weight.to(x.dtype), bias.to(x.dtype))
+
+    def _forward_by_kernels(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the result of the Triton kernels between the two projections."""
+        key, key_bias, query_bias = self.memory_key, self.memory_key_bias, self.query.bias
+        if self.normalization == "double":
+            key = attach_zero_gradient(key, key_bias, query_bias)
+            key_bias = query_bias = None
+        queries = F.linear(x, self.query.weight.to(x.dtype), cast(query_bias, x.dtype))
+        heads, _ = custom_op.fused_external_attention(
+            queries,
+            key,
+            self.values,
+            num_heads=self.num_heads,
+            memory_key_bias=key_bias,
+            memory_value_bias=self.memory_value_bias,
+            norm=self.normalization,
+            eps=self.eps,
+            mask=mask,
+            attention_dropout=self.attention_dropout if self.training else 0.0,
+        )
+        weight, bias = self.projection.weight.to(x.dtype), cast(self.projection.bias, x.dtype)
+        out = F.linear(heads, weight, bias)
+        if self.training and self.projection_dropout > 0:
+            out = F.dropout(out, self.projection_dropout)
+        return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def _forward_streamed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the result chunk by chunk, each head as two thin matrices."""

@@ -90,9 +90,11 @@ class PaddedExternalAttention2d(ExternalAttention2d):
         super().__init__(channels, num_slots, **options)
         self.image_sizes = record
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """Attend; a mask that is given counts more than the record."""
-        return super().forward(x, self.image_sizes.mask(x) if mask is None else mask)
+        return super().forward(x, self.image_sizes.mask(x) if mask is None else mask, out=out)
 
     def attention_map(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return A; masked positions are 0."""

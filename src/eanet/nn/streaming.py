@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from eanet.ops.attention import custom_op
 from eanet.ops.attention.block import BatchStatistics, external_attention_block
 from eanet.ops.attention.chunked import chunked_external_attention_block
 from eanet.ops.attention.streaming import DEFAULT_CHUNK_TOKENS
@@ -18,19 +19,29 @@ class StreamedModule(nn.Module):
 
     Attributes:
         chunk_tokens: tokens whose attention is in memory at a time; ``None`` computes all at once.
+        backend: "eager" or "triton"; ``None`` takes the Triton kernels on a GPU.
     """
 
     chunk_tokens: int | None = None
+    backend: str | None = None
 
     def attention_block(
         self, x: Tensor, key: Tensor, value: Tensor, **arguments: Any
     ) -> tuple[Tensor, BatchStatistics | None]:
         """Compute :func:`~eanet.ops.attention.block.external_attention_block`, streamed if set."""
         if self.chunk_tokens is None:
-            return external_attention_block(x, key, value, **arguments)
+            return external_attention_block(x, key, value, backend=self.backend, **arguments)
+        if arguments.pop("out", None) is not None:
+            raise ValueError("out is not for modules that run in chunks of tokens")
         return chunked_external_attention_block(
             x, key, value, chunk_tokens=self.chunk_tokens, **arguments
         )
+
+    def uses_kernels(self, x: Tensor, num_slots: int) -> bool:
+        """Tell whether the Triton kernels compute the attention of these tokens."""
+        if self.chunk_tokens is not None or self.backend == "eager":
+            return False
+        return self.backend == "triton" or custom_op.suits(x, num_slots)
 
     def refuse_dropout(self, **probabilities: float) -> None:
         """Refuse to stream in training with dropout, whose choices a second pass cannot repeat.

@@ -24,7 +24,7 @@ _MASK_RCNN = Recipe(
     options={"image_size": 96, "max_size": 96, "vertical_flip": 0.5},
     optim=OptimSpec(name="adamw", lr=1e-3, weight_decay=0.05, clip_norm=10.0),
     schedule=ScheduleSpec(name="cosine", warmup=50, min_lr=0.01),
-    train=TrainSpec(epochs=4, evaluate_every=4),
+    train=TrainSpec(epochs=3, evaluate_every=3),
 )
 
 RECIPES = {

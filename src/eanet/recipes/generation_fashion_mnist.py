@@ -26,7 +26,7 @@ def _recipe(model: str) -> Recipe:
             name="adam", lr=4e-4, weight_decay=0.0, betas=(0.0, 0.99), eps=1e-6, decay_vectors=True
         ),
         schedule=ScheduleSpec(name="constant"),
-        train=TrainSpec(steps=1800, ema_decay=0.995, evaluate_every=300, channels_last=True),
+        train=TrainSpec(steps=1200, ema_decay=0.995, evaluate_every=200, channels_last=True),
     )
 
 

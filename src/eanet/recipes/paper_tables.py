@@ -370,6 +370,17 @@ _BEST_OF_MANY = (
 )
 
 
+_GENERATION_DATA = {8: "cifar10", 9: "tiny_imagenet"}
+_GENERATION_KEYS = {
+    "DCGAN": "dcgan",
+    "LSGAN": "lsgan",
+    "WGAN-GP": "wgan_gp",
+    "ProjGAN": "projgan",
+    "SAGAN": "sagan",
+    "EAGAN (Ours)": "eagan",
+}
+
+
 def _tables_8_and_9() -> list[PaperRow]:
     # method, FID, IS, note
     lines: dict[int, list[tuple[str, Cell, Cell, str]]] = {
@@ -399,10 +410,16 @@ def _tables_8_and_9() -> list[PaperRow]:
             method,
             metrics=metrics,
             cells=[distance, score],
-            reason=NO_RECIPE_YET if method in ("SAGAN", "EAGAN (Ours)") else QUOTED,
+            recipe=f"generation_{_GENERATION_DATA[table]}/{_GENERATION_KEYS[method]}",
             note=note,
         )
     ]
+
+
+def _source_of_points(method: str, module: str) -> dict[str, str]:
+    """Return the recipe of a method on point clouds, or that it is quoted."""
+    keys = {"PCT": "pct", "Ours": "eat", "EAT (Ours)": "eat"}
+    return {"recipe": f"{module}/{keys[method]}"} if method in keys else {"reason": QUOTED}
 
 
 # method, pIoU, then the IoU of each category; the first line is the header
@@ -440,7 +457,7 @@ def _table_10() -> list[PaperRow]:
             method,
             metrics=metrics,
             cells=[_read_cell(text) for text in figures],
-            reason=NO_RECIPE_YET if method in ("PCT", "Ours") else QUOTED,
+            **_source_of_points(method, "pointcloud_shapenet_part"),
         )
     ]
 
@@ -482,7 +499,7 @@ def _table_11() -> list[PaperRow]:
             f"{method}, {channels}, {points}",
             metrics={"overall accuracy (%)": ""},
             cells=[accuracy],
-            reason=NO_RECIPE_YET if method in ("PCT", "EAT (Ours)") else QUOTED,
+            **_source_of_points(method, "pointcloud_modelnet40"),
         )
     ]
 

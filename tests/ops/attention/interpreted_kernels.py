@@ -8,6 +8,12 @@ other tests would be interpreted too.
 import pytest
 import torch
 
+from eanet.nn.external_attention import (
+    ExternalAttention,
+    ExternalAttention2d,
+    MultiHeadExternalAttention,
+)
+from eanet.nn.streaming import stream
 from eanet.ops.attention import (
     custom_op,
     eager,
@@ -257,12 +263,23 @@ def test_no_map_is_kept_for_the_backward_pass():
     assert all(shape.numel() < tokens * slots for shape in kept)
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("norm", ["double", "softmax"])
+def test_second_derivatives_equal_those_of_the_eager_backend(norm):
+    x, memory = torch.randn(2, 5, 8, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    found = {}
+    for backend in ("triton", "eager"):
+        out = multi_head_external_attention(x, memory, num_heads=2, norm=norm, backend=backend)
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found[backend] = torch.autograd.grad(gradient.square().sum(), (x, memory))
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+def test_second_derivatives_of_dropout_are_refused():
     x, memory = torch.randn(1, 5, 4, requires_grad=True), torch.randn(3, 4)
-    out = external_attention(x, memory, backend="triton")
-    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="external_attention_backward"):
-        gradient.sum().backward()
+    out, _ = custom_op.fused_external_attention(x, memory, attention_dropout=0.5)
+    with pytest.raises(ValueError, match="no second derivative"):
+        torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("norm", ["double", "softmax"])
@@ -270,6 +287,56 @@ def test_other_functions_of_the_backend(norm):
     logits = torch.randn(2, 5, 7)
     name = "double_normalize" if norm == "double" else "slot_softmax"
     assert torch.equal(getattr(custom_op, name)(logits), getattr(eager, name)(logits))
+
+
+# --- modules -------------------------------------------------------------------------------------
+
+MODULES = {
+    "tokens": lambda: (ExternalAttention(12, 5, value_bias=True), (2, 9, 12)),
+    "tokens, softmax, residual": lambda: (
+        ExternalAttention(12, 5, norm="softmax", residual="input"), (2, 9, 12)),
+    "map": lambda: (ExternalAttention2d(12, 5).eval(), (2, 12, 5, 4)),
+    "map in training": lambda: (ExternalAttention2d(12, 5), (2, 12, 5, 4)),
+    "map without batch norm": lambda: (ExternalAttention2d(12, 5, batch_norm=False), (2, 12, 5, 4)),
+    "heads": lambda: (MultiHeadExternalAttention(12, 5, num_heads=4, expansion=2), (2, 9, 12)),
+    "heads, softmax": lambda: (
+        MultiHeadExternalAttention(12, 5, num_heads=4, norm="softmax"), (2, 9, 12)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_modules_call_the_kernels(make, masked, monkeypatch):
+    """Values and gradients as with the eager backend; statistics of a batch stay with that."""
+    torch.manual_seed(0)
+    module, shape = make()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(shape, requires_grad=True)
+    mask = None
+    if masked:
+        mask = torch.arange(9 if len(shape) == 3 else 20).lt(7).expand(2, -1)
+        mask = mask if len(shape) == 3 else mask.unflatten(1, shape[2:])
+    calls, launch = [], custom_op._launch_for
+    monkeypatch.setattr(custom_op, "_launch_for", lambda x: calls.append(x) or launch(x))
+    found = {}
+    for module.backend in ("eager", "triton"):
+        out = module(x, mask)
+        gradients = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+        found[module.backend] = [out, *gradients]
+    statistics = getattr(module, "norm", None) is not None and module.training
+    assert bool(calls) != (statistics and isinstance(module, ExternalAttention2d))
+    for one, other in zip(found["triton"], found["eager"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * other.abs().max().item())
+
+
+def test_streams_and_the_eager_backend_leave_the_kernels_alone(monkeypatch):
+    monkeypatch.setattr(custom_op, "_launch_for", None)
+    module, shape = MODULES["heads"]()
+    module(torch.randn(shape))  # chosen by the device: a CPU
+    with stream(module, chunk_tokens=4):
+        module.backend = "triton"
+        module(torch.randn(shape))
 
 
 # --- refusals ------------------------------------------------------------------------------------

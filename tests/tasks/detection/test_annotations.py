@@ -166,6 +166,15 @@ def test_crowds_alone_are_nothing_to_train_on(folder):
         Coco(str(folder))
 
 
+def test_an_image_of_crowds_is_told_and_not_trained_on(folder):
+    data = content()
+    data["annotations"][0]["iscrowd"] = 1
+    write(folder, data)
+    with pytest.warns(UserWarning, match=r"train2017.json: 1 image.*a.png .annotation 11"):
+        splits = Coco(str(folder)).splits
+    assert len(splits.train) == 1
+
+
 def test_empty_images_are_trained_on_when_asked(folder):
     data = content()
     del data["annotations"][1]

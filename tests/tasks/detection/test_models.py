@@ -15,6 +15,7 @@ from eanet.errors import UserError
 from eanet.nn.fusion import fuse
 from eanet.tasks.detection.backbone import Backbone, FixedStatisticsBatchNorm2d
 from eanet.tasks.detection.detector import pad_images
+from eanet.tasks.detection.mmdetection_keys import mmdetection_name
 
 DETECTORS = [name for name, entry in registry.models().items() if entry.task == "detection"]
 #: with 80 classes, affine parameters of batch norms included, those frozen too
@@ -308,3 +309,56 @@ def test_costs_can_be_counted():
     assert count_cost(with_attention, (1, 3, 800, 1344)).macs > cost.macs
     for kind in KINDS:
         assert count_cost(detector(kind), (1, 3, 64, 96)).macs > 0
+
+
+#: the layers of MMDetection's detectors beside the ResNet, as its configurations and modules say
+NECK = [f"neck.{part}.{n}.conv" for part in ("lateral_convs", "fpn_convs") for n in range(4)]
+RPN = ["rpn_head.rpn_conv", "rpn_head.rpn_cls", "rpn_head.rpn_reg"]
+BOX = ["shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg"]
+MASK = [*(f"convs.{n}.conv" for n in range(4)), "upsample", "conv_logits"]
+BOX_HEADS = [f"roi_head.bbox_head.{layer}" for layer in BOX]
+PUBLISHED = {
+    "faster_rcnn": [*NECK, *RPN, *BOX_HEADS],
+    "mask_rcnn": [*NECK, *RPN, *BOX_HEADS, *(f"roi_head.mask_head.{layer}" for layer in MASK)],
+    "retinanet": [
+        *(f"neck.lateral_convs.{n}.conv" for n in range(3)),
+        *(f"neck.fpn_convs.{n}.conv" for n in range(5)),
+        *(f"bbox_head.{tower}.{n}.conv" for tower in ("cls_convs", "reg_convs") for n in range(4)),
+        "bbox_head.retina_cls",
+        "bbox_head.retina_reg",
+    ],
+    "cascade_mask_rcnn": [
+        *NECK,
+        *RPN,
+        *(f"roi_head.bbox_head.{stage}.{layer}" for stage in range(3) for layer in BOX),
+        *(f"roi_head.mask_head.{stage}.{layer}" for stage in range(3) for layer in MASK),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_names_are_those_of_mmdetection(kind):
+    with torch.device("meta"):
+        state = registry.create_model(f"{kind}_resnet50_fpn").state_dict()
+    theirs = {mmdetection_name(name) for name in state}
+    assert len(theirs) == len(state)
+    beside = {name for name in theirs if not name.startswith("backbone.")}
+    assert beside == {f"{layer}.{p}" for layer in PUBLISHED[kind] for p in ("weight", "bias")}
+
+
+def test_published_weights_are_taken_and_others_refused():
+    source, model = detector("mask_rcnn", attention="none"), detector("mask_rcnn")
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1)
+    tensors = {mmdetection_name(name): x for name, x in source.state_dict().items()}
+    model.load_published_weights(tensors, source="mask_rcnn.pth")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    lacking = {name: x for name, x in tensors.items() if "rpn_cls" not in name}
+    with pytest.raises(UserError, match=r"mask_rcnn\.pth.*rpn_cls.*nothing"):
+        model.load_published_weights(lacking, source="mask_rcnn.pth")
+    with pytest.raises(UserError, match=r"it has 'roi_head\.mask_head"):
+        detector("faster_rcnn").load_published_weights(tensors, source="mask_rcnn.pth")
+    with pytest.raises(UserError, match="fc_cls"):
+        detector("mask_rcnn", num_classes=4).load_published_weights(tensors, source="a")

@@ -1,6 +1,8 @@
 """The detection task: transforms, step, detections, report, baselines, and that it learns."""
 
 import json
+import warnings
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +11,19 @@ import torch
 from PIL import Image
 from tasks.detection.networks import KINDS
 
-from eanet import registry, run
+from eanet import hub, registry, run
 from eanet.engine.checkpoint import CheckpointWarning
 from eanet.errors import UserError
 from eanet.prediction import predict
 from eanet.recipe import DataSpec, ModelSpec
 from eanet.report.page import Picture, Table
+from eanet.starting_weights import start_from
 from eanet.tasks.detection.baselines import otsu_threshold, threshold_regions
 from eanet.tasks.detection.builtin import DrawnScenes
+from eanet.tasks.detection.coco_scores import coco_scores
+from eanet.tasks.detection.datasets import Coco
 from eanet.tasks.detection.mask_codes import decode_mask, encode_mask
+from eanet.tasks.detection.metrics import DetectionMetrics
 from eanet.tasks.detection.pictures import drawn
 from eanet.tasks.detection.samples import Instance, Sample
 from eanet.tasks.detection.task import DetectionTask
@@ -269,6 +275,14 @@ def test_every_detector_trains_evaluates_and_resumes_to_the_bit(tmp_path, kind):
 
 def test_predictions_are_pictures_and_coco_results(tmp_path):
     result = run.train(smoke("mask_rcnn", min_score=0.0), tmp_path / "run", device="cpu")
+    metrics = run.evaluate(result.folder, device="cpu", predictions=tmp_path / "results.json")
+    assert metrics == result.metrics["test"]
+    truth = DetectionMetrics(dict(enumerate(DATA.facts["class_names"], start=1)), masks=True)
+    for index in range(3):
+        truth.update(DATA.test[index], [])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert coco_scores(truth.truth(), results, "bbox").numbers["AP"] == metrics["box_AP"]
+
     DATA.test[0].image.save(tmp_path / "photo.png")
     (tmp_path / "text.png").write_text("no image")
     made = predict(
@@ -289,6 +303,20 @@ def test_predictions_are_pictures_and_coco_results(tmp_path):
         assert picture.size == (512, 512)
 
 
+def test_a_detector_takes_up_attention_later(tmp_path):
+    plain = build("faster_rcnn_tiny", arguments={"attention": "none"})
+    hub.save_pretrained(plain.model, tmp_path / "plain")
+    task = build("faster_rcnn_tiny")
+    start_from(task.model, str(tmp_path / "plain"), load=run.load)
+    state = task.model.state_dict()
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    with pytest.raises(UserError, match="lacks"):
+        hub.copy_weights(task.model, plain.model.state_dict(), source="plain")
+    with pytest.raises(UserError, match="takes no published weights"):
+        start_from(torch.nn.Linear(1, 1), "published:file.pth", load=run.load)
+
+
 def test_report_without_attention_has_no_maps():
     task = build("faster_rcnn_tiny", arguments={"attention": "none", "max_detections": 3})
     task.model.eval()
@@ -298,3 +326,33 @@ def test_report_without_attention_has_no_maps():
     assert isinstance(table, Table)
     assert isinstance(curves, Picture)
     assert len(table.rows) == 6
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_photographs_are_learned_by_heart(data_dir, tmp_path):
+    with zipfile.ZipFile(data_dir / "coco_mini" / "coco_mini.zip") as archive:
+        archive.extractall(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is left out
+        splits = Coco(str(tmp_path / "coco_mini")).splits
+    model = registry.create_model(
+        "mask_rcnn_small_ea", num_classes=80, norm="group", anchor_scale=4.0
+    )
+    task = DetectionTask(model, splits.facts, image_size=128, max_size=192, horizontal_flip=0.0)
+    few = sorted(range(len(splits.train)), key=lambda i: len(splits.train[i].instances))[:2]
+    batch = task.collate([task.train_transform(splits.train[index]) for index in few])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(100):
+        (update,) = task.training_step([batch], step)
+        optimizer.zero_grad()
+        sum(update.losses.values()).backward()
+        optimizer.step()
+    model.eval()
+    metrics = task.new_metrics(torch.device("cpu"))
+    task.validation_step(
+        task.collate([task.evaluation_transform(splits.train[index]) for index in few]), metrics
+    )
+    values = metrics.compute()
+    assert values["box_AP50"] > 0.9
+    assert values["mask_AP50"] > 0.9

@@ -17,6 +17,7 @@ from eanet.errors import UserError
 from eanet.prediction import predict
 from eanet.recipe import DataSpec, ModelSpec, Recipe, TrainSpec
 from eanet.report.page import Picture, Table
+from eanet.starting_weights import start_from
 from eanet.tasks.segmentation import pictures
 from eanet.tasks.segmentation.builtin import DrawnScenes
 from eanet.tasks.segmentation.samples import IGNORE, Sample
@@ -323,14 +324,14 @@ def test_a_backbone_starts_from_a_file(trained, tmp_path):
     file = tmp_path / "backbone.safetensors"
     save_file(source.state_dict(), file)
     task = run.open_run(trained).task
-    run._start_from(task, f"backbone:{file}")
+    start_from(task.model, f"backbone:{file}", load=run.load)
     for name, tensor in task.model.backbone.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name])
     with pytest.raises(UserError, match="no model 'resnet50x'"):
-        run._start_from(task, "backbone:timm/resnet50x")
+        start_from(task.model, "backbone:timm/resnet50x", load=run.load)
     task.model = PerPixel()
     with pytest.raises(UserError, match="has no backbone"):
-        run._start_from(task, f"backbone:{file}")
+        start_from(task.model, f"backbone:{file}", load=run.load)
 
 
 def test_evaluation_takes_options(trained):

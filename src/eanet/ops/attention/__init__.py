@@ -1,19 +1,19 @@
 """External attention and the double normalization, as functions.
 
 Arguments are checked here; the work is done by a backend. ``reference`` holds the equations line
-by line, ``eager`` is the fast path in plain PyTorch and the default, ``triton`` runs kernels of
-our own on a GPU.
+by line, ``eager`` is the fast path in plain PyTorch, ``triton`` runs kernels of our own and is the
+default for tensors on a GPU.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from eanet.ops.attention import custom_op, eager, reference
+from eanet.ops.attention import block, custom_op, eager, reference
 
 __all__ = [
     "BACKENDS",
@@ -60,16 +60,18 @@ def _backend_of(module: Any) -> Backend:
 #: backends that run on any device
 BACKENDS: Final[dict[str, Backend]] = {
     "reference": _backend_of(reference),
-    "eager": _backend_of(eager),
+    "eager": replace(_backend_of(eager), result_only=block.result_only),
 }
 #: backends that need a GPU; they refuse other tensors when they are called
 GPU_BACKENDS: Final[dict[str, Backend]] = {"triton": _backend_of(custom_op)}
 DEFAULT_BACKEND: Final = "eager"
 
 
-def _backend(name: str | None) -> Backend:
-    """Return a backend by name, the default for ``None``."""
-    name = DEFAULT_BACKEND if name is None else name
+def _backend(name: str | None, x: Tensor | None = None, num_slots: int = 0) -> Backend:
+    """Return a backend by name; for ``None`` the kernels where they suit x, else the default."""
+    if name is None:
+        by_kernels = x is not None and custom_op.suits(x, num_slots)
+        name = "triton" if by_kernels else DEFAULT_BACKEND
     known = BACKENDS | GPU_BACKENDS
     if name not in known:
         raise ValueError(f"backend must be one of {sorted(known)}, got {name!r}")
@@ -218,7 +220,8 @@ def external_attention(
         eps: see :func:`double_normalize`.
         mask: True for tokens that take part; the others get 0.
         return_attention: return the map as well.
-        backend: a key of :data:`BACKENDS` or :data:`GPU_BACKENDS`.
+        backend: a key of :data:`BACKENDS` or :data:`GPU_BACKENDS`; by default "triton" for tensors
+            on a GPU that the kernels can take, :data:`DEFAULT_BACKEND` otherwise.
 
     Returns:
         The result, or the result and the attention map.
@@ -233,7 +236,7 @@ def external_attention(
     _check_operands(x, memory_key, memory_value, 1)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    chosen = _backend(backend)
+    chosen = _backend(backend, x, memory_key.shape[0])
     if chosen.result_only is not None and not return_attention:
         return chosen.result_only(
             x,
@@ -301,7 +304,7 @@ def multi_head_external_attention(
     _check_operands(x, memory_key, memory_value, num_heads)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    chosen = _backend(backend)
+    chosen = _backend(backend, x, memory_key.shape[0])
     if chosen.result_only is not None and not return_attention:
         return chosen.result_only(
             x,

@@ -15,16 +15,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eanet.ops.attention import custom_op, eager
 from eanet.ops.attention.block_function import (
     BlockFunction,
     BlockOperands,
     BlockOptions,
     composed_block,
-    forward_pass,
+    inference_pass,
     num_valid,
 )
 
-__all__ = ["BatchNormArguments", "BatchStatistics", "external_attention_block"]
+__all__ = ["BatchNormArguments", "BatchStatistics", "external_attention_block", "result_only"]
 
 
 class BatchNormArguments(NamedTuple):
@@ -57,6 +58,7 @@ def external_attention_block(
     residual: bool = True,
     relu: bool = True,
     out: Float[Tensor, "batch out_channels tokens"] | None = None,
+    backend: str | None = None,
 ) -> tuple[Float[Tensor, "batch out_channels tokens"], BatchStatistics | None]:
     """Compute ``relu(x + batch_norm(value @ norm(key @ x + key_bias) + bias))``.
 
@@ -77,6 +79,8 @@ def external_attention_block(
         out: a buffer for the result, where no gradients are recorded; it may be x itself. A fresh
             result of many MiB costs about as much time as the computation, since the system hands
             out its memory page by page.
+        backend: "eager", or "triton" for the kernels; ``None`` takes the kernels on a GPU. Batch
+            statistics and ``out`` are the matter of "eager", whatever is asked for.
 
     Returns:
         The result, and the statistics of the batch where ``batch_norm`` is given.
@@ -94,17 +98,85 @@ def external_attention_block(
     )
     shift, scale = (bias, None) if batch_norm is None else (batch_norm.bias, batch_norm.weight)
     operands = BlockOperands(x, key, value, key_bias, shift, scale, mask)
+    if backend not in (None, "eager", "triton"):
+        raise ValueError(f"backend must be 'eager' or 'triton', got {backend!r}")
+    wants_kernels = backend == "triton" or (backend is None and custom_op.suits(x, key.shape[0]))
+    if wants_kernels and batch_norm is None and out is None:
+        return _by_kernels(operands, options), None
     if out is not None:
         _check_out(out, operands)
-        passed = forward_pass(operands, options, out)
-        result, mean, variance = passed.out, passed.mean, passed.variance
-    elif torch.compiler.is_compiling():
+    if out is None and torch.compiler.is_compiling():
         result, mean, variance = composed_block(operands, options)
+    elif out is not None or not _records_gradients(operands):
+        passed = inference_pass(operands, options, out)
+        result, mean, variance = passed.out, passed.mean, passed.variance
     else:
         result, mean, variance = BlockFunction.apply(options, *operands)  # pyright: ignore[reportGeneralTypeIssues]
     if batch_norm is None:
         return result, None
     return result, BatchStatistics(mean, variance, num_valid(x, mask, mean.dtype))
+
+
+def _by_kernels(operands: BlockOperands, options: BlockOptions) -> Tensor:
+    """Return the result of the Triton kernels."""
+    out, _ = custom_op.fused_external_attention(
+        operands.x.transpose(1, 2),
+        operands.key,
+        operands.value.transpose(0, 1),
+        memory_key_bias=operands.key_bias,
+        memory_value_bias=operands.bias,
+        norm=options.norm,
+        eps=options.eps,
+        mask=operands.mask,
+        residual=options.residual,
+    )
+    if options.relu:
+        out = torch.relu(out) if out.requires_grad else out.relu_()
+    return out.transpose(1, 2)
+
+
+def result_only(
+    x: Float[Tensor, "batch tokens channels"],
+    memory_key: Float[Tensor, "slots head_channels"],
+    memory_value: Float[Tensor, "slots value_channels"] | None = None,
+    *,
+    num_heads: int = 1,
+    memory_key_bias: Float[Tensor, " slots"] | None = None,
+    memory_value_bias: Float[Tensor, " value_channels"] | None = None,
+    norm: Literal["double", "softmax"] = "double",
+    eps: float = 1e-9,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, "batch tokens width"]:
+    """Compute external attention where nobody wants the map: one head as a block of its own.
+
+    Arguments as for :func:`eanet.ops.attention.multi_head_external_attention`.
+    """
+    if num_heads > 1 or torch.is_autocast_enabled(x.device.type):
+        return eager.multi_head_external_attention(
+            x, memory_key, memory_value, num_heads=num_heads, memory_key_bias=memory_key_bias,
+            memory_value_bias=memory_value_bias, norm=norm, eps=eps, mask=mask,
+        )[0]  # fmt: skip
+    out, _ = external_attention_block(
+        x.transpose(1, 2),
+        memory_key,
+        (memory_key if memory_value is None else memory_value).transpose(0, 1),
+        key_bias=memory_key_bias,
+        bias=memory_value_bias,
+        norm=norm,
+        eps=eps,
+        mask=mask,
+        residual=False,
+        relu=False,
+        backend="eager",
+    )
+    return out.transpose(1, 2)
+
+
+def _records_gradients(operands: BlockOperands) -> bool:
+    """Tell whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in operands
+    )
 
 
 def _check_out(out: Tensor, operands: BlockOperands) -> None:
@@ -120,9 +192,7 @@ def _check_out(out: Tensor, operands: BlockOperands) -> None:
             f"out must be {shape}, {x.dtype} on {x.device}, "
             f"got {tuple(out.shape)}, {out.dtype} on {out.device}"
         )
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in [out, *operands]
-    ):
+    if torch.is_grad_enabled() and (out.requires_grad or _records_gradients(operands)):
         raise ValueError("out takes no part in gradients: use it under torch.no_grad()")
     same_place = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
     if not same_place and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():

@@ -8,6 +8,7 @@ Autocast does not reach into an operator. As a matrix product would, the functio
 tokens to the type of an active autocast region; memories and biases may stay float32.
 """
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "multi_head_external_attention",
     "result_only",
     "slot_softmax",
+    "suits",
 ]
 
 # logits that are given do not need the tokens: nothing is gained by another kernel
@@ -33,6 +35,21 @@ double_normalize = eager.double_normalize
 slot_softmax = eager.slot_softmax
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_SLOTS = 256
+
+
+def suits(x: Tensor, num_slots: int) -> bool:
+    """Tell whether the kernels are the better choice: tensors on a GPU that they can take.
+
+    A network that is exported keeps to operations that every runtime knows.
+    """
+    return (
+        x.is_cuda
+        and x.dtype in _DTYPES
+        and num_slots <= _MAX_SLOTS
+        and not torch.compiler.is_exporting()
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _launch_for(x: Tensor) -> "ModuleType":
@@ -237,6 +254,8 @@ def _differentiate(
     """Return one gradient for each argument of the forward operator."""
     x, memory_key, memory_value, key_bias, value_bias, mask, seed, statistics = ctx.saved_tensors
     num_heads = ctx.options[0]
+    if torch.is_grad_enabled():  # second derivatives are wanted
+        return _differentiate_twice(ctx, grad_out, grad_attention)
     if grad_out is None:
         grad_out = x.new_zeros((*x.shape[:2], num_heads * memory_value.shape[1]))
     if grad_attention is not None and grad_attention.numel() == 0:
@@ -249,6 +268,38 @@ def _differentiate(
     gradients = [
         None if operand is None else gradient.to(operand.dtype)
         for operand, gradient in zip(operands, found, strict=True)
+    ]
+    return (*gradients, *(None for _ in range(8)))
+
+
+def _differentiate_twice(
+    ctx: Any, grad_out: Tensor | None, grad_attention: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return gradients that have gradients, by way of the eager form."""
+    x, memory_key, memory_value, key_bias, value_bias, mask, _, _ = ctx.saved_tensors
+    num_heads, norm, eps, dropout, residual = ctx.options
+    if dropout > 0:
+        raise ValueError("attention_dropout has no second derivative here; use backend='eager'")
+    out, attention = eager.multi_head_external_attention(
+        x, memory_key, memory_value, num_heads=num_heads, memory_key_bias=key_bias,
+        memory_value_bias=value_bias, norm=norm, eps=eps, mask=mask,
+    )  # fmt: skip
+    results = [(out + x if residual else out, grad_out), (attention, grad_attention)]
+    results = [(result, grad) for result, grad in results if grad is not None and grad.numel()]
+    operands = (x, memory_key, memory_value, key_bias, value_bias)
+    wanted = [operand for operand in operands if operand is not None and operand.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in results],
+            wanted,
+            [grad for _, grad in results],
+            create_graph=True,
+            materialize_grads=True,
+        )
+    )
+    gradients = [
+        next(found) if operand is not None and operand.requires_grad else None
+        for operand in operands
     ]
     return (*gradients, *(None for _ in range(8)))
 
@@ -277,7 +328,7 @@ def fused_external_attention(
     """Compute external attention (Eq. 5-14, arXiv 2105.02358) with all that the kernels fuse.
 
     The attention map does not exist in memory unless it is asked for, nor is it kept for the
-    backward pass. Second derivatives are not defined; the backend "eager" has them.
+    backward pass. Second derivatives go by way of the eager form; with dropout there are none.
 
     Args:
         x: tokens, any strides; the result has tokens or channels innermost as x has.

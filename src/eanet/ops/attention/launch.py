@@ -11,12 +11,14 @@ import torch
 import triton  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
+from eanet.ops.attention import gradient_kernels as _gradient_kernels
 from eanet.ops.attention import kernels as _kernels
 
 __all__ = ["MAX_SLOTS", "Gradients", "Problem", "Tiling", "backward", "choose_tiling", "forward"]
 
 # a kernel's signature is not the one it is launched with
 kernels: Final[Any] = _kernels
+gradient_kernels: Final[Any] = _gradient_kernels
 
 #: more slots than this do not fit into the registers of a program
 MAX_SLOTS: Final = 256
@@ -262,7 +264,7 @@ def backward(
     partial_value = partial.new_empty((num_programs, num_slots, num_value_channels))
     partial_bias = partial.new_empty((num_programs, num_value_channels))
     with torch.cuda.device_of(x):
-        kernels.attention_gradient[(num_pairs * num_splits,)](
+        gradient_kernels.attention_gradient[(num_pairs * num_splits,)](
             x, grad_out, grad_attention, memory_key, memory_value,
             _operand(key_bias, torch.float32), mask, seed, statistics,
             scratch[0], denominator, scratch[1], partial,
@@ -271,7 +273,7 @@ def backward(
             DOUBLE=problem.double, **_launch_options(tiling),
         )  # fmt: skip
         weighted_sum = partial.sum(1)
-        kernels.operand_gradient[(num_programs * num_slices,)](
+        gradient_kernels.operand_gradient[(num_programs * num_slices,)](
             x, grad_out, memory_key, mask, seed,
             scratch[0], denominator, scratch[1], weighted_sum,
             grad_x, partial_key, partial_value, partial_bias,

@@ -23,6 +23,7 @@ __all__ = [
     "empty_map",
     "is_token_major",
     "map_from_rows",
+    "multiply",
     "parts",
     "rows_from_map",
     "sum_over_tokens",
@@ -35,6 +36,10 @@ _LEAST_MACS_OF_ONEDNN = 1 << 19
 _TILE_ENTRIES, _TOKEN_MAJOR_TILE_ENTRIES = 1 << 21, 1 << 19
 #: most tokens of a tile whose tokens lie side by side
 _TILE_TOKENS = 1 << 14
+#: tokens that are copied together at once: 8 MiB of 512 channels
+_COPIED_TOKENS = 1 << 12
+#: tokens that are summed at once where the channels of a token lie side by side
+_TOKEN_MAJOR_SUM_TOKENS = 1 << 12
 
 
 def is_token_major(tensor: Tensor) -> bool:
@@ -68,8 +73,16 @@ def _uses_onednn(tensor: Tensor) -> bool:
     )
 
 
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product of two matrices, with the entries of a row side by side."""
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of two matrices, by the library that is fastest at their shape.
+
+    Args:
+        left: (rows, inner).
+        right: (inner, columns).
+
+    Returns:
+        (rows, columns), with the entries of a row side by side.
+    """
     macs = left.shape[0] * left.shape[1] * right.shape[1]
     # an operand with gaps would take a path of oneDNN that is orders of magnitude slower
     dense = left.is_contiguous() and (right.is_contiguous() or right.t().is_contiguous())
@@ -93,21 +106,24 @@ def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
     if is_token_major(source):
         tokens_of = source.transpose(1, 2)
         if tokens_of.is_contiguous():
-            rows = _multiply(tokens_of.flatten(0, 1), weight.t())
-            rows = rows.reshape(*tokens_of.shape[:2], -1)
+            rows = multiply(tokens_of.flatten(0, 1), weight.t())
+            rows = rows.view(*tokens_of.shape[:2], weight.shape[0])
         else:
-            rows = torch.stack([_multiply(sample, weight.t()) for sample in tokens_of.unbind()])
+            rows = torch.stack([multiply(sample, weight.t()) for sample in tokens_of.unbind()])
         return rows.transpose(1, 2)
     weight = weight.contiguous()
-    if source.shape[0] == 1 and source.shape[2] <= _TILE_TOKENS:
-        return _multiply(weight, source[0]).unsqueeze(0)
+    if source.shape[0] == 1 and source.shape[2] <= _TILE_TOKENS and source.is_contiguous():
+        return multiply(weight, source[0]).unsqueeze(0)
     if not _in_tiles(source):
         return torch.bmm(weight.expand(source.shape[0], *weight.shape), source)
     out = empty_map(source, weight.shape[0])
     for sample, target in zip(source, out, strict=True):
+        if sample.shape[1] <= _TILE_TOKENS and sample.is_contiguous():
+            target.copy_(multiply(weight, sample))
+            continue
         # a part is copied together: rows that lie far apart would meet in the same cache lines
-        for tokens in parts(source.shape[2], _TILE_TOKENS):
-            target[:, tokens] = _multiply(weight, sample[:, tokens].contiguous())
+        for tokens in parts(source.shape[2], _COPIED_TOKENS):
+            target[:, tokens] = multiply(weight, sample[:, tokens].contiguous())
     return out
 
 
@@ -159,12 +175,12 @@ def _tiles(
     num_channels, num_tokens = weight.shape[0], rows.shape[1]
     if token_major:
         for tokens in parts(num_tokens, max(1, _TOKEN_MAJOR_TILE_ENTRIES // num_channels)):
-            yield slice(None), tokens, _multiply(rows[:, tokens].t(), weight.t()).t()
+            yield slice(None), tokens, multiply(rows[:, tokens].t(), weight.t()).t()
         return
     for tokens in parts(num_tokens, _TILE_TOKENS):
         of_tokens = rows[:, tokens].contiguous()
         for channels in parts(num_channels, max(1, _TILE_ENTRIES // of_tokens.shape[1])):
-            yield channels, tokens, _multiply(weight[channels], of_tokens)
+            yield channels, tokens, multiply(weight[channels], of_tokens)
 
 
 def _batched_product(weight: Tensor, rows: Tensor) -> Tensor:
@@ -184,7 +200,14 @@ def sum_over_tokens(rows: Tensor, source: Tensor) -> Tensor:
     if not _in_tiles(source):
         return torch.bmm(rows, source.transpose(1, 2)).sum(0)
     total = source.new_zeros((rows.shape[1], source.shape[1]))
+    # sums of parts round less than one long sum; and rows side by side cost a copy of little, while
+    # maps with gaps between their rows have to be copied together
     for left, right in zip(rows, source, strict=True):
-        # side by side, since oneDNN is faster even with the copy of a few rows
-        total += _multiply(left.contiguous(), right.t())
+        lies_together = not is_token_major(source) and right.shape[1] <= _TILE_TOKENS
+        most = _TILE_TOKENS if lies_together else _TOKEN_MAJOR_SUM_TOKENS
+        for tokens in parts(source.shape[2], most):
+            of_tokens = right[:, tokens]
+            if not is_token_major(source):
+                of_tokens = of_tokens.contiguous()
+            total += multiply(left[:, tokens].contiguous(), of_tokens.t())
     return total

@@ -48,7 +48,9 @@ class Scenes:
 
     def _draw(self, index: int) -> Sample:
         size = self.image_size
-        scene = draw_scene(self.series, index, height=size, width=size, max_overlap=0.3)
+        scene = draw_scene(
+            self.series, index, height=size, width=size, num_shapes=(1, 3), radius=(0.16, 0.3)
+        )
         instances: list[Instance] = []
         for number, drawn in enumerate(scene.instances, start=1):
             rows, columns = np.nonzero(drawn.mask)
@@ -71,7 +73,7 @@ class Scenes:
 
 @register_dataset("scenes")
 class DrawnScenes:
-    """Textured shapes of six kinds on textured grounds, one to four in a picture.
+    """Textured shapes of six kinds on textured grounds, one to three in a picture.
 
     Args:
         root: must be left out; nothing is read from disk.
@@ -85,7 +87,7 @@ class DrawnScenes:
         root: str | None = None,
         *,
         image_size: int = 96,
-        num_train: int = 1600,
+        num_train: int = 1800,
         num_test: int = 100,
     ) -> None:
         if root is not None:

@@ -1,11 +1,12 @@
 """Data sets of images with objects: COCO's form, and that of PASCAL VOC."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eanet.data.files import decode_image
+from eanet.data.files import decode_image, require_root
 from eanet.data.splits import Splits
 from eanet.errors import UserError
 from eanet.registry import register_dataset
@@ -79,11 +80,15 @@ def trainable(images: AnnotatedImages, *, keep_empty: bool) -> AnnotatedImages:
         UserError: none is left.
     """
     kept: list[ImageRecord] = []
+    left_out: list[str] = []
     for record in images.records:
         good = [instance for instance in record.instances if is_trainable(instance, record.size)]
         large = min(record.size) >= _MIN_TRAINED_SIDE
         if large and (good or (keep_empty and not record.instances)):
             kept.append(record)
+        elif record.instances:
+            number = record.instances[0].number
+            left_out.append(f"{record.path.name} (annotation {number})")
     if not any(record.instances for record in kept):
         first = next((x for record in images.records for x in record.instances), None)
         crowd = first is not None and first.is_crowd
@@ -93,6 +98,13 @@ def trainable(images: AnnotatedImages, *, keep_empty: bool) -> AnnotatedImages:
             else ("it has no object of a pixel or more")
         )
         raise UserError(f"{images.source}: nothing to train on: {what}")
+    if left_out:
+        warnings.warn(
+            f"{images.source}: {len(left_out)} image(s) have crowds or slivers alone, or are too "
+            f"small, and are not trained on: {', '.join(left_out[:5])}"
+            f"{', ...' if len(left_out) > 5 else ''}",
+            stacklevel=2,
+        )
     return AnnotatedImages(kept, images.source)
 
 
@@ -124,16 +136,6 @@ def _has_masks(splits: Sequence[AnnotatedImages]) -> bool:
     return bool(instances) and all(x.segmentation for x in instances if not x.is_crowd)
 
 
-def _require_root(root: str | None, name: str, what: str) -> Path:
-    """Return the folder of a data set, which must exist."""
-    if root is None:
-        raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise UserError(f"data set {name!r}: the folder {str(path)!r} does not exist")
-    return path
-
-
 @register_dataset("coco")
 class Coco:
     """Images and objects in COCO's form.
@@ -161,7 +163,7 @@ class Coco:
         invalid: Invalid = "stop",
         keep_empty: bool = False,
     ) -> None:
-        folder = _require_root(root, "coco", "annotations/instances_train2017.json and train2017/")
+        folder = require_root(root, "coco", "annotations/instances_train2017.json and train2017/")
         if val_as not in ("validation", "test"):
             raise UserError(f"data.arguments.val_as must be validation or test, got {val_as!r}")
         parts: dict[str, AnnotatedImages] = {}
@@ -218,7 +220,7 @@ class Voc:
         invalid: Invalid = "stop",
         keep_empty: bool = False,
     ) -> None:
-        folder = _require_root(root, "voc", "Annotations/, JPEGImages/ and ImageSets/Main/")
+        folder = require_root(root, "voc", "Annotations/, JPEGImages/ and ImageSets/Main/")
         lists = folder / "ImageSets" / "Main"
         names = [name for name in ("train", "val", "test") if (lists / f"{name}.txt").is_file()]
         if "train" not in names:

@@ -1,6 +1,6 @@
 """What all detectors have in common: images of several sizes in, losses or detections out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from eanet.nn.padding import image_sizes
 from eanet.tasks.detection.backbone import Backbone
 from eanet.tasks.detection.cascade_heads import CascadeHeads
 from eanet.tasks.detection.heads import BOX_CELLS, MASK_CELLS
+from eanet.tasks.detection.mmdetection_keys import from_mmdetection
 from eanet.tasks.detection.region_heads import Detections, RegionHeads
 from eanet.tasks.detection.region_proposals import RegionProposals
 
@@ -95,6 +96,18 @@ class Detector(nn.Module):
             self.look(features)
             return []
         return self.detect(features, sizes)
+
+    def load_published_weights(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
+        """Take the weights of the same detector of MMDetection 2.x; the block keeps its own.
+
+        Args:
+            tensors: its state.
+            source: how messages call it.
+
+        Raises:
+            UserError: it is another network, or of another number of classes.
+        """
+        self.load_state_dict(from_mmdetection(self.state_dict(), tensors, source), strict=False)
 
     def look(self, features: list[Tensor]) -> None:
         """Run what has weights on as many regions as there may be, for counting its cost."""

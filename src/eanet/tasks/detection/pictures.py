@@ -23,14 +23,16 @@ __all__ = ["annotated", "attention_sections", "drawn", "examples_section", "scor
 #: longer side that small images are enlarged to before lines are drawn
 _SHOWN_PIXELS = 480
 #: detections of lower scores are left out of pictures
-_MIN_SHOWN_SCORE = 0.3
+_MIN_SHOWN_SCORE = 0.5
 _MASK_OPACITY = 0.45
+#: objects of one class whose names are worth their place in a picture
+_MAX_NAMED = 12
 #: categories named in a table or drawn as curves
 _MAX_CLASSES_TABLED, _MAX_CURVES = 90, 7
 
 
 def drawn(
-    image: Image.Image, found: Sequence[Mapping[str, Any]], *, scores: bool = True
+    image: Image.Image, found: Sequence[Mapping[str, Any]], *, names: bool = True
 ) -> np.ndarray:
     """Draw objects over an image.
 
@@ -38,7 +40,7 @@ def drawn(
         image: RGB.
         found: each with ``bbox`` (x, y, width, height), ``label``, ``class`` and, where known,
             ``score`` and ``segmentation``.
-        scores: whether the score stands beside the name.
+        names: whether names and scores stand at the boxes.
 
     Returns:
         Bytes, (height, width, 3); small images are enlarged.
@@ -59,8 +61,10 @@ def drawn(
     for entry, color in zip(found, colors, strict=True):
         x, y, width, height = (factor * value for value in entry["bbox"])
         draw.rectangle((x, y, x + width, y + height), outline=color, width=line)
+        if not names:
+            continue
         text = str(entry["label"])
-        if scores and "score" in entry:
+        if "score" in entry:
             text += f" {entry['score']:.2f}"
         place = (x + line, max(y - font.getbbox("A")[3] - 2, 0))
         left, top, right, bottom = draw.textbbox(place, text, font=font)
@@ -89,7 +93,9 @@ def annotated(sample: Sample, found: Sequence[Mapping[str, Any]]) -> bytes:
     assert isinstance(sample.image, Image.Image)
     shown = [entry for entry in found if entry["score"] >= _MIN_SHOWN_SCORE]
     buffer = io.BytesIO()
-    Image.fromarray(drawn(sample.image, shown[::-1])).save(buffer, format="PNG")
+    one_class = len({entry["class"] for entry in shown}) <= 1
+    names = not (one_class and len(shown) > _MAX_NAMED)
+    Image.fromarray(drawn(sample.image, shown[::-1], names=names)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -113,9 +119,15 @@ def examples_section(
     split_name: str,
 ) -> Section:
     """Show some images twice: the truth above, the detections below."""
-    truth = [drawn(_image(sample), truth_of(sample, class_names)) for sample in samples]
+    names = len(class_names) > 1
+    truth = [
+        drawn(_image(sample), truth_of(sample, class_names), names=names) for sample in samples
+    ]
     shown = [[e for e in record if e["score"] >= _MIN_SHOWN_SCORE][::-1] for record in records]
-    found = [drawn(_image(s), record) for s, record in zip(samples, shown, strict=True)]
+    found = [
+        drawn(_image(sample), record, names=names)
+        for sample, record in zip(samples, shown, strict=True)
+    ]
     titles = ["annotated"] * len(truth) + ["found"] * len(found)
     figure = image_grid(truth + found, titles, columns=len(truth), cell_inches=9 / len(truth))
     caption = (

@@ -14,7 +14,7 @@ from eanet.data.files import decode_image
 from eanet.data.splits import Splits, Subset, carve_validation
 from eanet.engine.task import Update
 from eanet.errors import UserError
-from eanet.recipe import DataSpec
+from eanet.recipe import DataSpec, Recipe
 from eanet.report.page import Section
 from eanet.tasks.detection import baselines, pictures
 from eanet.tasks.detection.detector import pad_images
@@ -101,6 +101,19 @@ class DetectionTask:
     def categories(self) -> dict[int, str]:
         """The names of the categories by their numbers in COCO's files."""
         return dict(zip(self.category_ids, self.class_names, strict=True))
+
+    @staticmethod
+    def recorded_figures(
+        recipe: Recipe, metrics: Mapping[str, float]
+    ) -> list[tuple[str, str, float]]:
+        """Return which metrics a run is recorded by: AP and AP50 of boxes and of masks."""
+        del recipe
+        figures = [
+            (f"{kind}_{number}", f"{kind} {number} (%)", 100.0)
+            for kind in ("box", "mask")
+            for number in ("AP", "AP50")
+        ]
+        return [figure for figure in figures if figure[0] in metrics]
 
     # data
 

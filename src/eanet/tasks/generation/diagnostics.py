@@ -18,8 +18,8 @@ def watch_attention(network: nn.Module, prefix: str) -> Generator[dict[str, floa
 
     For the layer after block n, under ``<prefix>/attention<n>_...``: ``gamma``; ``branch``, the
     root mean square of the branch before it is multiplied by gamma; ``share``, that of gamma times
-    the branch over that of the input; ``entropy`` of the attention of a position over what it
-    looks at, over its largest possible value. A share near 0 is a layer that does nothing.
+    the branch over that of the input; ``evenness``, the entropy of a position's attention over its
+    largest possible value. A share near 0 is a layer that does nothing.
 
     Args:
         network: a generator or a critic.
@@ -41,7 +41,7 @@ def watch_attention(network: nn.Module, prefix: str) -> Generator[dict[str, floa
                 numbers[f"{name}_gamma"] = gamma
                 numbers[f"{name}_branch"] = _rms(branch)
                 numbers[f"{name}_share"] = abs(gamma) * _rms(branch) / max(_rms(x), 1e-12)
-                numbers[f"{name}_entropy"] = _entropy(layer, args[0])
+                numbers[f"{name}_evenness"] = _entropy(layer, args[0])
 
         return layer.register_forward_hook(hook)
 

@@ -5,7 +5,7 @@ pass in training mode v first, then u, with eps 1e-6. It is carried out by the f
 so that looking at a weight, copying a network or saving it changes nothing.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             weight.transpose(0, 1),
             self.bias,
             self.stride,
-            self.padding,
+            cast("tuple[int, int]", self.padding),
             self.output_padding,
             self.groups,
             self.dilation,

@@ -14,7 +14,7 @@ from eanet.data.labeled_images import labels_of
 from eanet.data.splits import Splits, with_validation
 from eanet.engine.task import Update
 from eanet.errors import UserError
-from eanet.recipe import DataSpec
+from eanet.recipe import DataSpec, Recipe
 from eanet.report.page import Section
 from eanet.tasks.generation import pictures, sections
 from eanet.tasks.generation.adversarial_pair import (
@@ -151,6 +151,30 @@ class GenerationTask:
         self.judge = Judge(kind, name, network, num_classes)
         self.best_metric = f"{self.judge.prefix}fid"
         self._real_features.clear()
+
+    @classmethod
+    def recorded_figures(
+        cls, recipe: Recipe, metrics: Mapping[str, float]
+    ) -> list[tuple[str, str, float]]:
+        """Return the figures of a run to record, under names that say how they were measured.
+
+        Only Inception's on as many images as the protocol asks for are called FID and IS, the
+        names of the paper's tables.
+
+        Args:
+            recipe: of the run.
+            metrics: of the split that is reported.
+        """
+        judge = recipe.options.get("judge", "random")
+        if "fid" in metrics:
+            protocol = recipe.options.get("protocol", "studiogan_10k")
+            count = int(metrics["num_images"])
+            exact = count == PROTOCOLS[protocol].num_images and protocol == "studiogan_10k"
+            words = "" if exact else f" ({protocol}, {count} images)"
+            return [("fid", f"FID{words}", 1.0), ("inception_score", f"IS{words}", 1.0)]
+        if "feature_fid" in metrics:
+            return [("feature_fid", f"FID on features of {judge}", 1.0)]
+        return [("random_fid", "FID on random features", 1.0)]
 
     @property
     def last_metrics(self) -> list[str]:
@@ -355,7 +379,7 @@ class GenerationTask:
         device = next(self.networks["generator"].parameters()).device
         figures = sections.compare_real(self, splits, test, device)
         if self.judge.kind != "inception" or device.type != "cpu":
-            draws = sections.draw_spread(self, test)
+            draws = sections.draw_spread(self, test, device)
             figures[f"{self.best_metric}_spread"] = statistics.stdev(draws)
         return figures
 
