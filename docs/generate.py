@@ -8,6 +8,7 @@ The pages go to ``docs/reference/generated``, which is not kept in the repositor
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -116,10 +117,26 @@ PAGES = {
 }
 
 
+#: a table of measured runs within a page that is kept in the repository
+RESULTS_TABLE = re.compile(r"(<!-- eanet results ([^ ]+) -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+
+
+def refresh_tables() -> None:
+    """Renew the tables of measured runs in the pages that are written by hand."""
+    for path in Path(__file__).parent.rglob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        new = RESULTS_TABLE.sub(
+            lambda found: found[1] + format_results(ROOT / "results", found[2]), text
+        )
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+
+
 def generate() -> None:
     """Write all pages anew."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     GENERATED.mkdir(parents=True)
+    refresh_tables()
     for name, page in PAGES.items():
         (GENERATED / f"{name}.md").write_text(page(), encoding="utf-8")
 

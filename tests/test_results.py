@@ -79,6 +79,12 @@ def test_the_table_gives_mean_and_spread(finished: Path, tmp_path: Path) -> None
     assert "| 85.00 | 7.07 | 2 |" in row
 
 
+def test_a_pattern_chooses_recipes(finished: Path, tmp_path: Path) -> None:
+    record_run(finished, tmp_path)
+    assert NAME in format_results(tmp_path, f"{NAME[:8]}*")
+    assert NAME not in format_results(tmp_path, "segmentation*")
+
+
 def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(UserError, match=r"broken\.json.*recipe"):

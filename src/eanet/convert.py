@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eanet import registry
+from eanet import convert_points, registry
 from eanet.errors import UserError
 from eanet.published_file import Checkpoint, Weights, read_checkpoint
 from eanet.tasks.classification.official_keys import (
@@ -211,7 +211,7 @@ def load_published(
     positions: Literal["regenerate", "resize"] | None = None,
     output_stride: int | None = None,
 ) -> Any:
-    """Build the network of a published EAMLP, T2T-ViT or EANet checkpoint, in evaluation mode.
+    """Build the network of a published EAMLP, T2T-ViT, EANet or PCT checkpoint, for evaluation.
 
     Args:
         path: the file, see :func:`eanet.published_file.read_checkpoint`.
@@ -235,14 +235,18 @@ def load_published(
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights=weights)
+    given = {"num_heads": num_heads, "image_size": image_size, "positions": positions}
     if segmentation.is_official(checkpoint.tensors):
-        given = {"num_heads": num_heads, "image_size": image_size, "positions": positions}
         _refuse_given(path, "a segmentation network", given)
         segmenter = segmentation.build_official(
             checkpoint.tensors, source=str(path), output_stride=output_stride or 8
         )
         return _described(segmenter, path, checkpoint)
-    _refuse_given(path, "a classifier", {"output_stride": output_stride})
+    stride = {"output_stride": output_stride}
+    if convert_points.is_published(checkpoint.tensors):
+        _refuse_given(path, "a network for point clouds", given | stride)
+        return convert_points.load_published(checkpoint, path)
+    _refuse_given(path, "a classifier", stride)
     shapes = _Shapes(checkpoint.tensors, str(path))
     arguments, naming = published_arguments(
         checkpoint.tensors, source=str(path), num_heads=num_heads

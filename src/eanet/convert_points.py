@@ -4,6 +4,7 @@ Which network a file holds is read from the names and shapes of its tensors, see
 :mod:`eanet.tasks.pointcloud.published_keys`.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from eanet import registry
 from eanet.errors import UserError
-from eanet.published_file import read_checkpoint
+from eanet.published_file import Checkpoint
 from eanet.tasks.pointcloud.pct import PartSegmenter, PointClassifier
 from eanet.tasks.pointcloud.published_keys import from_published
 
@@ -58,26 +59,33 @@ def _arguments(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[st
     return name, arguments
 
 
-def load_published(path: str | Path) -> PointClassifier | PartSegmenter:
-    """Build the network of a PCT_Pytorch checkpoint, in evaluation mode.
+def load_published(checkpoint: Checkpoint, path: Path) -> PointClassifier | PartSegmenter:
+    """Build the network of a PCT checkpoint, in evaluation mode.
 
     Args:
-        path: the file; nothing in it is run.
+        checkpoint: as :func:`eanet.published_file.read_checkpoint` gave it.
+        path: the file, for errors and facts.
 
     Returns:
         The network; its attribute ``facts`` says where it comes from.
 
     Raises:
-        UserError: the file cannot be read, is of another network, or lacks or adds a tensor.
+        UserError: the tensors are of another network, or one is missing or unknown.
     """
-    checkpoint = read_checkpoint(Path(path))
     tensors = {name.removeprefix("module."): x for name, x in checkpoint.tensors.items()}
     name, arguments = _arguments(tensors, str(path))
     model = registry.create_model(name, **arguments)
     model.load_state_dict(from_published(model, tensors, source=str(path)))
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     model.facts = {
         "num_classes": arguments.get("num_classes", arguments.get("num_categories")),
         "in_channels": arguments["in_channels"],
-        "published": {"file": Path(path).name, "weights": checkpoint.weights, **checkpoint.facts},
+        "published": {
+            "file": path.name,
+            "sha256": digest,
+            "weights": checkpoint.weights,
+            **checkpoint.facts,
+        },
     }
     return model.eval()

@@ -8,6 +8,7 @@ from torch import nn
 
 from eanet import hub, registry
 from eanet.bench.cost import count_cost
+from eanet.data.splits import open_splits
 from eanet.errors import UserError, unknown_name
 from eanet.nn.fusion import fuse
 from eanet.recipe import DataSpec
@@ -107,9 +108,8 @@ def check_data(
         UserError: the data set is unknown or cannot be opened at all.
     """
     tasks = [task] if task else _tasks_with(name)
-    room = registry.task(tasks[0])
     spec = DataSpec(name=name, root=None if root is None else str(root))
-    splits = room.load_splits(spec, seed=0)
+    splits = open_splits(spec, task=tasks[0], seed=0)
     title = f"{name}{'' if root is None else f' in {root}'}"
     if len(tasks) > 1:
         title += f", as {tasks[0]} reads it (--task takes {', '.join(tasks)})"

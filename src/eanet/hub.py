@@ -255,8 +255,9 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_new_head: bool = F
     Args:
         model: the network to fill.
         path: the file.
-        allow_new_head: whether tensors whose shape differs keep their fresh values, as when a
-            classifier is fine-tuned on other classes.
+        allow_new_head: whether tensors that differ in their first axis alone, the outputs, keep
+            their fresh values, as when a classifier is fine-tuned on other classes; and tables of
+            another size that the network makes itself and does not train.
 
     Returns:
         The names of tensors that kept their fresh values.
@@ -299,11 +300,15 @@ def copy_weights(
             f"({len(missing)} missing, {len(unexpected)} unknown)"
         )
     fresh = [name for name, tensor in own.items() if tensors[name].shape != tensor.shape]
-    if fresh and not allow_new_head:
-        name = fresh[0]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in fresh:
+        given, wanted = tuple(tensors[name].shape), tuple(own[name].shape)
+        # a head of other classes has other rows; what is not trained, the network makes itself
+        if allow_new_head and (given[1:] == wanted[1:] or name not in trained):
+            continue
         raise UserError(
-            f"{source}: {name!r} has shape {tuple(tensors[name].shape)}, "
-            f"the network expects {tuple(own[name].shape)}"
+            f"{source}: {name!r} has shape {given}, the network expects {wanted}"
+            + ("; only a head may differ, in its outputs" if allow_new_head else "")
         )
     model.load_state_dict(
         {name: tensor for name, tensor in tensors.items() if name not in fresh}, strict=not fresh

@@ -1,5 +1,6 @@
 """Measured runs as files: one JSON a run, from which every table of measurements is made."""
 
+import fnmatch
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,12 @@ def _recorded_figures(
     return [(room.best_metric, *room.published_metric)]
 
 
-def format_results(folder: str | Path) -> str:
+def format_results(folder: str | Path, recipes: str = "*") -> str:
     """Return what was measured as a Markdown table: mean and spread over the seeds.
+
+    Args:
+        folder: of the results.
+        recipes: a pattern of ids as in a shell, such as ``classification_small/*``.
 
     Raises:
         UserError: the folder is missing, or a file in it is no result.
@@ -113,6 +118,8 @@ def format_results(folder: str | Path) -> str:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = read_result(path)
+        if not fnmatch.fnmatchcase(result["recipe"], recipes):
+            continue
         groups.setdefault((result["recipe"], result["metric"]), []).append(result)
     lines = [
         "| recipe | metric | mean | standard deviation | seeds | seconds a run | hardware |",

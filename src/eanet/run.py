@@ -26,21 +26,22 @@ from torch import nn
 from eanet import hub, judges, registry
 from eanet._version import __version__
 from eanet.data.loading import derive_seed, seed_generators
-from eanet.data.splits import Splits
+from eanet.data.splits import Splits, open_splits
 from eanet.engine.distributed import Processes, join_processes
 from eanet.engine.evaluation import evaluate as evaluate_task
 from eanet.engine.evaluation import evaluating
-from eanet.engine.run_folder import RunFolder, write_text
+from eanet.engine.progress import say
+from eanet.engine.run_folder import LOCK_NAME, RunFolder, write_text
 from eanet.engine.state import load_networks
 from eanet.engine.task import VisualTask
 from eanet.engine.trainer import Trainer
 from eanet.errors import UserError, unknown_name
-from eanet.published_file import read_checkpoint
 from eanet.recipe import Recipe
 from eanet.recipe_file import dump_recipe, load_recipe, override
 from eanet.report.curves import read_records, training_curves
 from eanet.report.figures import picture
 from eanet.report.page import Section, Table, write_page
+from eanet.starting_weights import start_from
 
 __all__ = [
     "OpenRun",
@@ -68,7 +69,8 @@ class RunResult:
     Args:
         folder: the run folder.
         metrics: for each split the metrics of the best checkpoint, averaged weights under
-            ``ema/...``; ``baselines`` holds simple methods on the test split.
+            ``ema/...``, those of the newest checkpoint that a task asks for under ``last/...``;
+            ``baselines`` holds simple methods on the test split.
         page: the page about the run; ``None`` on processes that write none.
     """
 
@@ -114,7 +116,7 @@ def load_splits(recipe: Recipe) -> Splits:
     Raises:
         UserError: the data set is unknown, or its folder is missing or damaged.
     """
-    return registry.task(recipe.task).load_splits(recipe.data, seed=recipe.train.seed)
+    return open_splits(recipe.data, task=recipe.task, seed=recipe.train.seed)
 
 
 def build_task(
@@ -232,12 +234,14 @@ def train(
         arguments = _model_arguments(recipe, splits.facts)
         seed_generators(derive_seed("weights", recipe.train.seed))
         task = build_task(recipe, splits.facts, arguments)
-        if recipe.model.init is not None:
-            _start_from(task, recipe.model.init)
         judges.hand_over(task, judge, load=load)
         opened = OpenRun(run_folder, recipe, task)
         # a recipe that does not fit the checkpoints is refused by fit() and must leave no trace
         starts = not run_folder.checkpoints.exists()
+        if recipe.model.init is not None and starts:
+            said = start_from(task.model, recipe.model.init, load=load)
+            if processes.is_main:
+                say(said)
         if processes.is_main and starts:
             _write_description(opened, arguments)
             judges.keep_judge(judge, run_folder.path, load=load)
@@ -268,78 +272,11 @@ def _write_description(opened: OpenRun, arguments: Mapping[str, Any]) -> None:
 
 def _refuse_a_used_folder(folder: Path, *, resume: bool) -> None:
     """Protect an earlier run from being overwritten."""
-    # a run that was refused at its start leaves its lock behind and nothing else
-    if not resume and folder.exists() and any(e.name != ".lock" for e in folder.iterdir()):
+    # a lock alone is what a run leaves that was refused before it started
+    if not resume and folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty; continue its run with --resume, or choose another with --out"
         )
-
-
-def _start_from(task: VisualTask, source: str) -> None:
-    """Load the weights a recipe starts from; a head of another size keeps its fresh values.
-
-    Raises:
-        UserError: the source is neither a run, a saved folder nor a safetensors file.
-    """
-    if source.startswith("backbone:"):
-        _start_backbone_from(task.model, source.removeprefix("backbone:"))
-        return
-    if source.startswith("published:"):
-        _start_from_published(task.model, source.removeprefix("published:"))
-        return
-    path = Path(source)
-    if path.is_dir() and (path / RECIPE_NAME).is_file():
-        tensors = load(path).state_dict()
-    elif path.is_dir():
-        tensors = hub.from_pretrained(path).state_dict()
-    else:
-        hub.load_weights(task.model, path, allow_new_head=True)
-        return
-    hub.copy_weights(task.model, tensors, source=source, allow_new_head=True)
-
-
-def _start_from_published(model: nn.Module, file: str) -> None:
-    """Fill a network with weights that others published under names of their own.
-
-    Raises:
-        UserError: the network has no such counterpart, or the file is of another one.
-    """
-    fill = getattr(model, "load_published_weights", None)
-    if fill is None:
-        raise UserError(
-            f"model.init: {type(model).__name__} takes no published weights; `eanet convert` "
-            "reads those of classifiers"
-        )
-    fill(read_checkpoint(file).tensors, source=file)
-
-
-def _start_backbone_from(model: nn.Module, source: str) -> None:
-    """Fill ``model.backbone`` with weights of a classifier.
-
-    Raises:
-        UserError: the network has no such backbone, or the weights are of another one.
-    """
-    backbone = getattr(model, "backbone", None)
-    fill = getattr(backbone, "load_imagenet_weights", None)
-    if fill is None:
-        raise UserError(
-            f"model.init: {type(model).__name__} has no backbone that takes weights by itself"
-        )
-    name = source.removeprefix("timm/")
-    if name == source:
-        fill(read_checkpoint(source).tensors, source=source)
-        return
-    import timm  # seconds to import
-
-    if not timm.is_model(name.partition(".")[0]):
-        raise UserError(f"model.init: timm has no model {name!r}")
-    try:
-        classifier = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever its download raises
-        raise UserError(
-            f"model.init: the weights of timm's {name} cannot be had: {error}"
-        ) from error
-    fill(classifier.state_dict(), source=f"timm's {name}")
 
 
 def _evaluate_splits(

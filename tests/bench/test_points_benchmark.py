@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from eanet import create_model
-from eanet.bench.points import UpstreamClassifier, main, masked_write_sample
+from eanet.bench.points import (
+    UpstreamClassifier,
+    benchmark_memory,
+    main,
+    masked_write_sample,
+)
 from eanet.ops.points import farthest_point_sample
 
 
@@ -44,3 +49,15 @@ def test_report_holds_every_measurement(tmp_path, capsys):
         assert len(result["ours"]["seconds"]) == 2
         assert result["upstream"]["times_faster_than_upstream"] == 1
     assert "training step" in capsys.readouterr().out
+
+
+def test_memory_is_measured():
+    report = benchmark_memory(
+        segmenter="eat_parts_tiny",
+        batch=2,
+        num_points=64,
+        large=["eat_cls_tiny", "eat_parts_tiny"],
+        large_points=500,
+    )
+    assert len(report["peak_bytes"]) == 3
+    assert min(report["peak_bytes"].values()) > 1000

@@ -43,6 +43,20 @@ def test_links_to_files_lead_somewhere(path: Path) -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_tables_of_results_are_what_the_command_prints() -> None:
+    from eanet.results import format_results
+
+    tables = re.compile(r"<!-- eanet results ([^ ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+    found = [
+        (path, pattern, table)
+        for path in DOCUMENTS
+        for pattern, table in tables.findall(path.read_text(encoding="utf-8"))
+    ]
+    assert found
+    for path, pattern, table in found:
+        assert table.strip() == format_results(ROOT / "results", pattern), path
+
+
 def test_the_readme_names_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make demo" in text

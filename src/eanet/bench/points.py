@@ -19,10 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eanet import registry
-from eanet.bench.measure import Measurement, device_name, measure_interleaved, write_figures
+from eanet.bench.measure import (
+    Measurement,
+    device_name,
+    measure_interleaved,
+    peak_bytes,
+    write_figures,
+)
 from eanet.ops.points import farthest_point_sample
 
-__all__ = ["UpstreamClassifier", "benchmark_points", "format_table", "main", "masked_write_sample"]
+__all__ = [
+    "UpstreamClassifier",
+    "benchmark_memory",
+    "benchmark_points",
+    "format_table",
+    "main",
+    "masked_write_sample",
+]
 
 #: of sampling: clouds, points, samples
 _SAMPLING = (32, 1024, 512)
@@ -212,8 +225,7 @@ def benchmark_points(
         forms = {"upstream": UpstreamClassifier(model), "ours": model}
         for mode, count in (("evaluation", batch), ("training step", training_batch)):
             model.train(mode == "training step")
-            # on a grid, so that both ways to compute distances find the same neighbors
-            points = (torch.rand(count, num_points, 3) * 1024).round() / 1024
+            points = _clouds(count, num_points)
             labels = torch.arange(count) % 40
             difference = _difference(forms, points)
             run = {
@@ -237,6 +249,68 @@ def benchmark_points(
         "memory": "peak of PyTorch's allocations during one run, beyond input and parameters",
         "results": results,
     }
+
+
+def benchmark_memory(
+    *,
+    segmenter: str = "eat_parts",
+    batch: int = 16,
+    num_points: int = 2048,
+    large: Sequence[str] = ("eat_cls", "eat_small_parts"),
+    large_points: int = 1_000_000,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure the memory of a training step of part segmentation, and of very large clouds.
+
+    Args:
+        segmenter: whose training step.
+        batch: clouds of the step.
+        num_points: points of each.
+        large: networks that see one large cloud.
+        large_points: its points.
+        progress: called with a line before each measurement.
+
+    Returns:
+        JSON values: peak bytes by name, beyond input and parameters.
+    """
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    model: Any = registry.create_model(segmenter).train()
+    points, categories = torch.rand(batch, num_points, 3), torch.arange(batch) % 16
+    parts = torch.arange(batch * num_points) % 50
+
+    def step() -> object:
+        loss = F.cross_entropy(model(points, categories).flatten(0, 1), parts)
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    name = f"{segmenter}, training step, {batch} clouds of {num_points} points"
+    progress(name)
+    peaks = {name: peak_bytes(step, device)}
+    cloud = torch.rand(1, large_points, 3)
+    for name in large:
+        network: Any = registry.create_model(name).eval()
+        given = (cloud, torch.zeros(1, dtype=torch.int64)) if "_parts" in name else (cloud,)
+
+        @torch.no_grad()
+        def look(network: Any = network, given: tuple[Tensor, ...] = given) -> None:
+            if not bool(torch.isfinite(network(*given)).all()):
+                raise RuntimeError("the result is not finite")
+
+        title = f"{name}, evaluation, one cloud of {large_points} points"
+        progress(title)
+        peaks[title] = peak_bytes(look, device)
+    return {
+        "benchmark": "memory of point clouds",
+        "device": device_name(device),
+        "memory": "peak of PyTorch's allocations during one run, beyond input and parameters",
+        "peak_bytes": peaks,
+    }
+
+
+def _clouds(count: int, num_points: int) -> Tensor:
+    """Return boxes of different shapes, on a grid: both forms then find the same neighbors."""
+    boxes = torch.rand(count, num_points, 3) * (0.1 + torch.rand(count, 1, 3))
+    return (boxes * 1024).round() / 1024
 
 
 @torch.no_grad()
@@ -301,9 +375,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="measure memory instead: part segmentation at 16 clouds of 2,048 points, and clouds "
+        "of a million points",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    if options.memory:
+        report = benchmark_memory(progress=lambda line: _say(line, sys.stderr))
+        for name, peak in report["peak_bytes"].items():
+            _say(f"{name}: {peak / 2**30:.2f} GiB", sys.stdout)
+        if options.json is not None:
+            write_figures(options.json, report)
+        return 0
     report = benchmark_points(
         options.models,
         batch=options.batch,

@@ -1,12 +1,14 @@
 """Turn a published checkpoint into a folder that all other commands take, or write one.
 
-EAMLP and EANet checkpoints of the authors and those of T2T-ViT are understood; which network a
-file holds is read from its tensors. Nothing in a file is run.
+EAMLP and EANet checkpoints of the authors, those of T2T-ViT and those of PCT (PCT_Pytorch, point
+clouds) are understood; which network a file holds is read from its tensors. Nothing in a file is
+run.
 
 Examples:
   eanet convert model_best.pth.tar --out models/eamlp_7_384
   eanet convert 81.5_T2T_ViT_14.pth.tar --out models/t2t_vit_14 --weights ema
   eanet convert final.pth --out models/eanet --output-stride 16
+  eanet convert best_model.t7 --out models/pct
   eanet convert runs/mine --export mine.pth
 """
 

@@ -2,6 +2,7 @@
 
 Examples:
   eanet results
+  eanet results "classification_small/*"
   eanet results --record runs/classification_digits-eamlp_tiny
 """
 
@@ -11,6 +12,9 @@ from pathlib import Path
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this subcommand."""
+    parser.add_argument(
+        "recipes", nargs="?", default="*", help="ids to list, as a pattern (default: all)"
+    )
     parser.add_argument("--record", type=Path, metavar="RUN", help="a finished run to add")
     parser.add_argument(
         "--folder", type=Path, default=Path("results"), help="of the results (default: results)"
@@ -24,4 +28,4 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.record is not None:
         print(f"  recorded in {record_run(arguments.record, arguments.folder)}")
         return
-    print(format_results(arguments.folder))
+    print(format_results(arguments.folder, arguments.recipes))

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from eanet.data.files import require_root
 from eanet.data.labeled_sets import (
     ImageFolder,
     array_splits,
     check_labels,
-    require_root,
 )
 from eanet.data.pickled_arrays import read_pickled_dictionary
 from eanet.errors import UserError

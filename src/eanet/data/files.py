@@ -32,7 +32,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from eanet.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "decode_image", "decode_image_bytes", "decode_indices", "read_idx"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "decode_image",
+    "decode_image_bytes",
+    "decode_indices",
+    "read_idx",
+    "require_root",
+]
 
 #: what a folder of images is searched for
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -298,3 +305,22 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         raise UserError(f"IDX file {str(path)!r} should hold {expected} bytes of data, has {have}")
     array = np.frombuffer(data, dtype=dtype).reshape(shape)
     return array.astype(dtype.newbyteorder("="))
+
+
+def require_root(root: str | None, name: str, what: str) -> Path:
+    """Return the folder of a data set, which must exist.
+
+    Args:
+        root: as the recipe gives it.
+        name: of the data set, for the error.
+        what: should be in it, for the error.
+
+    Raises:
+        UserError: no folder was given, or there is none.
+    """
+    if root is None:
+        raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise UserError(f"data set {name!r}: the folder {str(path)!r} does not exist")
+    return path

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eanet.data.files import require_root
 from eanet.data.labeled_images import LabeledFiles
 from eanet.data.labeled_sets import (
     IMAGENET_MEAN,
@@ -11,7 +12,6 @@ from eanet.data.labeled_sets import (
     image_facts,
     images_within,
     list_class_folders,
-    require_root,
     subfolders,
 )
 from eanet.data.splits import Splits

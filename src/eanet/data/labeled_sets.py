@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eanet.data.files import IMAGE_SUFFIXES, read_idx
+from eanet.data.files import IMAGE_SUFFIXES, read_idx, require_root
 from eanet.data.labeled_images import LabeledArrays, LabeledFiles, pixel_statistics
 from eanet.data.splits import Splits, carve_validation
 from eanet.errors import UserError
@@ -29,7 +29,6 @@ __all__ = [
     "image_facts",
     "images_within",
     "list_class_folders",
-    "require_root",
     "subfolders",
 ]
 
@@ -42,16 +41,6 @@ _TEST_SPLIT_SEED = 2105
 #: of the choice of the digits' test samples, so that every run is judged on the same ones
 _DIGITS_SPLIT_SEED = 1797
 _DIGITS_TEST_FRACTION = 0.2
-
-
-def require_root(root: str | None, name: str, what: str) -> Path:
-    """Return the folder of a data set, which must exist."""
-    if root is None:
-        raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise UserError(f"data set {name!r}: the folder {str(path)!r} does not exist")
-    return path
 
 
 def image_facts(

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from eanet import registry
 from eanet.errors import UserError
+from eanet.recipe import DataSpec
 
 __all__ = [
     "Dataset",
@@ -14,7 +16,7 @@ __all__ = [
     "Subset",
     "batch_groups",
     "carve_validation",
-    "with_validation",
+    "open_splits",
 ]
 
 
@@ -121,27 +123,40 @@ def carve_validation(
     return train, validation
 
 
-def with_validation(
-    splits: Splits, labels: Sequence[int] | None, fraction: float, *, seed: int, name: str
-) -> Splits:
-    """Return splits that have a validation split, carved out of training where there was none.
+def open_splits(data: DataSpec, *, task: str, seed: int) -> Splits:
+    """Open a data set; where it has no validation split, carve one out of the training samples.
+
+    A data set whose training samples have an attribute ``labels``, one class for each, is divided
+    class by class.
 
     Args:
-        splits: what a data set offers.
-        labels: class of each training sample for a stratified choice, or ``None``.
-        fraction: share of the training samples.
+        data: which, and the share of the training samples that becomes validation.
+        task: whose data set is meant.
         seed: of the choice.
-        name: of the data set, for the error.
 
     Raises:
-        UserError: the training samples are too few to be divided.
+        UserError: the data set is unknown, cannot be opened or is too small to be divided.
     """
+    source = registry.dataset(task, data.name)
+    registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
+    splits: Splits = source(data.root, **data.arguments).splits
     if splits.validation is not None:
         return splits
+    labels = _labels(splits.train)
     try:
-        train, validation = carve_validation(labels, len(splits.train), fraction, seed=seed)
+        train, validation = carve_validation(
+            labels, len(splits.train), data.validation_fraction, seed=seed
+        )
     except ValueError as error:
-        raise UserError(f"data set {name!r}: validation_fraction: {error}") from error
+        raise UserError(f"data set {data.name!r}: validation_fraction: {error}") from error
     return replace(
         splits, train=Subset(splits.train, train), validation=Subset(splits.train, validation)
     )
+
+
+def _labels(dataset: Dataset) -> Sequence[int] | None:
+    """Return the class of each sample where a data set knows them without decoding."""
+    if isinstance(dataset, Subset):
+        labels = _labels(dataset.dataset)
+        return None if labels is None else [labels[index] for index in dataset.indices]
+    return getattr(dataset, "labels", None)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from eanet.engine.run_folder import RunFolder, write_text
 
-__all__ = ["Journal", "MetricsLog", "read_metrics_log"]
+__all__ = ["Journal", "MetricsLog", "read_metrics_log", "say"]
 
 #: time between lines where there is no terminal to draw a bar on
 _LINE_EVERY_SECONDS = 10.0
@@ -79,6 +79,11 @@ class MetricsLog:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def say(message: str) -> None:
+    """Show a line before a run has its journal."""
+    print(message, file=sys.stderr, flush=True)
 
 
 class Journal:

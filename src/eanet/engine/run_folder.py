@@ -18,7 +18,10 @@ import torch
 from eanet._version import __version__
 from eanet.errors import UserError
 
-__all__ = ["RunFolder", "environment", "fsync_folder", "write_text"]
+__all__ = ["LOCK_NAME", "RunFolder", "environment", "fsync_folder", "write_text"]
+
+#: the file by which a process holds a folder
+LOCK_NAME = ".lock"
 
 _LIBRARIES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "safetensors")
 
@@ -100,7 +103,7 @@ class RunFolder:
     @contextmanager
     def _locked(self) -> Generator[None]:
         self.make()
-        path = (self.path / ".lock").resolve()
+        path = (self.path / LOCK_NAME).resolve()
         if path in _held:
             raise UserError(f"run folder {self.path} is in use by another run of this process")
         try:

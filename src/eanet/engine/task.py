@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from eanet.data.splits import Splits
-from eanet.recipe import DataSpec
 from eanet.report.page import Section
 
 __all__ = ["Batch", "Metrics", "Task", "Update", "VisualTask"]
@@ -109,15 +108,13 @@ class VisualTask(Task, Protocol):
     #: how the paper's tables call `best_metric`, and the factor to their unit
     published_metric: ClassVar[tuple[str, float]]
 
+    # A task may name metrics in `last_metrics`: those of the newest checkpoint are then reported
+    # beside those of the best one, under "last/...".
+
     model: nn.Module
     facts: dict[str, Any]
 
     def __init__(self, model: nn.Module, facts: Mapping[str, Any], **options: Any) -> None: ...
-
-    @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; carve a validation split out of training where it has none."""
-        ...
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:

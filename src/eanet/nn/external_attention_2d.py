@@ -4,7 +4,7 @@ Mathematics, numerics and speed: ``ops/attention/README.md`` and ``docs/explanat
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float

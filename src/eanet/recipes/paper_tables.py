@@ -416,6 +416,12 @@ def _tables_8_and_9() -> list[PaperRow]:
     ]
 
 
+def _source_of_points(method: str, module: str) -> dict[str, str]:
+    """Return the recipe of a method on point clouds, or that it is quoted."""
+    keys = {"PCT": "pct", "Ours": "eat", "EAT (Ours)": "eat"}
+    return {"recipe": f"{module}/{keys[method]}"} if method in keys else {"reason": QUOTED}
+
+
 # method, pIoU, then the IoU of each category; the first line is the header
 _TABLE_10 = """
 method pIoU airplane bag cap car chair earphone guitar knife lamp laptop motorbike mug pistol \
@@ -451,7 +457,7 @@ def _table_10() -> list[PaperRow]:
             method,
             metrics=metrics,
             cells=[_read_cell(text) for text in figures],
-            reason=NO_RECIPE_YET if method in ("PCT", "Ours") else QUOTED,
+            **_source_of_points(method, "pointcloud_shapenet_part"),
         )
     ]
 
@@ -493,7 +499,7 @@ def _table_11() -> list[PaperRow]:
             f"{method}, {channels}, {points}",
             metrics={"overall accuracy (%)": ""},
             cells=[accuracy],
-            reason=NO_RECIPE_YET if method in ("PCT", "EAT (Ours)") else QUOTED,
+            **_source_of_points(method, "pointcloud_modelnet40"),
         )
     ]
 

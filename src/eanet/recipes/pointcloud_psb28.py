@@ -18,18 +18,18 @@ _MODELS = {"eat": "eat_small_cls", "pct": "pct_small_cls", "none": "none_small_c
 def _recipe(model: str) -> Recipe:
     return Recipe(
         task="pointcloud",
-        model=ModelSpec(name=model),
+        model=ModelSpec(name=model, arguments={"dropout": 0.3}),
         data=DataSpec(name="modelnet40", batch_size=32),
         options={
             "num_points": 1024,
             "point_choice": "random",
-            "label_smoothing": 0.2,
-            # headings vary in this data, and the shapes are few
-            "augment": {"rotation": "vertical", "scale": [0.67, 1.5], "shift": 0.2},
+            "label_smoothing": 0.1,
+            # headings vary in this data; the scales of PCT, 2/3 to 3/2, learn too slowly here
+            "augment": {"rotation": "vertical", "scale": [0.85, 1.18], "shift": 0.1},
         },
-        optim=OptimSpec(name="adamw", lr=2e-3, weight_decay=0.05, clip_norm=1.0),
+        optim=OptimSpec(name="adamw", lr=3e-3, weight_decay=0.05, clip_norm=1.0),
         schedule=ScheduleSpec(name="cosine", warmup=60, min_lr=0.01),
-        train=TrainSpec(epochs=60, ema_decay=0.99, evaluate_every=4),
+        train=TrainSpec(epochs=75, ema_decay=0.99, evaluate_every=5),
     )
 
 

@@ -35,7 +35,7 @@ _EAT_PARTS = Recipe(
     options={"num_points": 512, "point_choice": "random", "augment": _AUGMENT},
     optim=_OPTIM,
     schedule=_SCHEDULE,
-    train=TrainSpec(epochs=24, evaluate_every=4),
+    train=TrainSpec(epochs=16, evaluate_every=4),
 )
 
 RECIPES = {"eat": _EAT, "eat_parts": _EAT_PARTS}

@@ -55,7 +55,8 @@ def _recipe(
     """
     return Recipe(
         task="segmentation",
-        model=ModelSpec(name=model, init=init),
+        # over all processes, as the authors'; in one process it is plain batch norm
+        model=ModelSpec(name=model, arguments={"batch_norm": "synchronized"}, init=init),
         data=DataSpec(name="voc2012", arguments=data, batch_size=batch_size, num_workers=8),
         options={**_OPTIONS, "size_modulus": output_stride},
         optim=OptimSpec(

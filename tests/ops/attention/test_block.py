@@ -78,6 +78,26 @@ def test_many_parts_equal_the_composed_form_in_float64(case, layout, masked):
         torch.testing.assert_close(actual, right, rtol=1e-9, atol=1e-11 * max(1, right.numel()))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["channels first", "token-major"])
+@pytest.mark.parametrize(("slots", "value_channels"), [(6, 32), (40, 32), (6, 3)])
+def test_inference_keeps_nothing_and_gives_the_same(slots, value_channels, layout, masked):
+    """Whether or not the exponentials find room in the result."""
+    x, *_, mask = block_operands(20_000, layout)
+    key, value = 0.5 * torch.randn(slots, 32), torch.randn(value_channels, slots)
+    bias = torch.randn(value_channels)
+    options = BlockOptions("double", 1e-9, None, value_channels == 32, True)
+    operands = BlockOperands(x, key, value, None, bias, None, mask if masked else None)
+    exact = BlockOperands(*(t.double() if t is not None and t.is_floating_point() else t
+                            for t in operands))  # fmt: skip
+    expected, _, _ = composed_block(exact, options)
+    usual = composed_block(operands, options)[0].double() - expected
+    for given in (operands, exact):
+        out, _, _ = direct(given, options)
+        allowed = 2 * usual.abs().max() + 4 * torch.finfo(torch.float32).eps * expected.abs().max()
+        assert (out.double() - expected).abs().max() <= allowed
+
+
 @pytest.mark.parametrize("layout", ["channels first", "token-major"])
 @pytest.mark.parametrize("tokens", [1, 50, 40_000])
 def test_a_buffer_of_the_caller_takes_the_result(tokens, layout):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from eanet import registry
-from eanet.data.splits import Splits, Subset
+from eanet.data.splits import Splits, Subset, open_splits
 from eanet.engine.optim import parameter_groups
 from eanet.engine.schedule import Timetable, learning_rate_factor
 from eanet.errors import UserError
@@ -38,7 +38,7 @@ def batch_of(task, dataset, indices, *, training=False):
 
 @pytest.fixture(scope="module")
 def splits():
-    return ClassificationTask.load_splits(DataSpec(name="digits"), seed=0)
+    return open_splits(DataSpec(name="digits"), task="classification", seed=0)
 
 
 # data
@@ -48,8 +48,8 @@ def test_splits_are_disjoint_complete_and_a_function_of_the_seed(splits):
     train, validation = set(splits.train.indices), set(splits.validation.indices)
     assert not train & validation
     assert len(train) + len(validation) + len(splits.test) == 1797
-    again = ClassificationTask.load_splits(DataSpec(name="digits"), seed=0)
-    other = ClassificationTask.load_splits(DataSpec(name="digits"), seed=1)
+    again = open_splits(DataSpec(name="digits"), task="classification", seed=0)
+    other = open_splits(DataSpec(name="digits"), task="classification", seed=1)
     assert again.validation.indices == splits.validation.indices != other.validation.indices
     assert labels_of(other.test) == labels_of(splits.test)
     assert np.bincount(labels_of(splits.validation)).min() >= 13
@@ -57,11 +57,13 @@ def test_splits_are_disjoint_complete_and_a_function_of_the_seed(splits):
 
 def test_data_is_refused_by_name():
     with pytest.raises(UserError, match="digit"):
-        ClassificationTask.load_splits(DataSpec(name="digit"), seed=0)
+        open_splits(DataSpec(name="digit"), task="classification", seed=0)
     with pytest.raises(UserError, match="validation_fraction"):
-        ClassificationTask.load_splits(DataSpec(name="digits", validation_fraction=1.5), seed=0)
+        open_splits(DataSpec(name="digits", validation_fraction=1.5), task="classification", seed=0)
     with pytest.raises(UserError, match="shuffle"):
-        ClassificationTask.load_splits(DataSpec(name="digits", arguments={"shuffle": 1}), seed=0)
+        open_splits(
+            DataSpec(name="digits", arguments={"shuffle": 1}), task="classification", seed=0
+        )
 
 
 def test_model_arguments():
@@ -306,25 +308,45 @@ def test_report_sections(learned, splits):
     assert correct == pytest.approx(40 * metrics.compute()["accuracy"])
 
 
-@pytest.mark.parametrize("name", ["t2t_vit_tiny", "mlp_tiny"])
-def test_report_of_networks_without_memories_has_no_maps(name, splits):
+@pytest.mark.parametrize(
+    ("name", "maps"), [("t2t_vit_tiny", ["stem 1"]), ("mlp_tiny", [])], ids=["stem", "none"]
+)
+def test_report_shows_the_memories_there_are(name, maps, splits):
     few = Splits(splits.train, test=Subset(splits.test, range(12)), facts=splits.facts)
     task = build(name)
     task.model.eval()
-    sections = task.report_sections(few, torch.device("cpu"))
-    assert [section.title for section in sections] == ["Confusions", "Predictions"]
+    assert list(pictures.slot_maps(task.model, torch.zeros(1, 1, 32, 32))) == maps
+    titles = [section.title for section in task.report_sections(few, torch.device("cpu"))]
+    assert titles[:2] == ["Confusions", "Predictions"]
+    assert titles[2:] == (["Attention of the memories"] if maps else [])
 
 
 def test_maps_follow_the_image(learned):
     """A map over the patches stands upright: what is moved in the image moves in the map."""
     image = torch.zeros(1, 1, 32, 32)
     image[..., 4:12, 20:28] = 3.0  # upper right
-    maps = pictures._captured(learned.model, image)[0]
-    background = pictures._captured(learned.model, torch.zeros(1, 1, 32, 32))[0]
-    assert maps.shape[2:] == (8, 8)
-    change = np.abs(maps - background).sum(axis=(0, 1))
-    row, column = np.unravel_index(change.argmax(), change.shape)
-    assert row < 4 <= column
+    found = pictures.slot_maps(learned.model, image)
+    plain = pictures.slot_maps(learned.model, torch.zeros(1, 1, 32, 32))
+    assert list(found) == ["stem 1", *(f"block {number}" for number in (1, 2, 3))]
+    for name, shape in (("stem 1", (1, 16, 16, 16)), ("block 1", (4, 16, 8, 8))):
+        assert found[name].shape == shape
+        change = np.abs(found[name] - plain[name]).sum(axis=(0, 1))
+        row, column = np.unravel_index(change.argmax(), change.shape)
+        assert row < shape[2] / 2 <= column
+
+
+def test_maps_leave_the_class_token_out_and_are_those_of_the_layer():
+    model = registry.create_model("eamlp_tiny", num_classes=3, pool="cls", depth=1).eval()
+    image = torch.randn(1, 3, 40, 24)
+    found = pictures.slot_maps(model, image)["block 1"]
+    assert found.shape == (4, 16, 10, 6)
+    with torch.no_grad():
+        tokens, _, _ = model._embed(image)
+        attention = model.blocks[0].attention.attention_map(model.blocks[0].norm1(tokens))
+    assert attention.shape[2] == 61
+    head, slot, row, column = 3, 7, 4, 2
+    expected = attention[0, head, 1 + row * 6 + column, slot]
+    assert found[head, slot, row, column] == pytest.approx(float(expected))
 
 
 def test_confusions_are_counted():

@@ -10,11 +10,13 @@ from PIL import Image
 from tasks.detection.networks import KINDS
 
 from eanet import hub, registry, run
+from eanet.data.splits import open_splits
 from eanet.engine.checkpoint import CheckpointWarning
 from eanet.errors import UserError
 from eanet.prediction import predict
 from eanet.recipe import DataSpec, ModelSpec
 from eanet.report.page import Picture, Table
+from eanet.starting_weights import start_from
 from eanet.tasks.detection.baselines import otsu_threshold, threshold_regions
 from eanet.tasks.detection.builtin import DrawnScenes
 from eanet.tasks.detection.coco_scores import coco_scores
@@ -151,7 +153,9 @@ def test_validation_is_set_apart_where_there_is_none(monkeypatch):
             self.splits.validation = None
 
     monkeypatch.setattr(registry, "dataset", lambda task, name: WithoutValidation)
-    splits = DetectionTask.load_splits(DataSpec(name="scenes", validation_fraction=0.25), seed=0)
+    splits = open_splits(
+        DataSpec(name="scenes", validation_fraction=0.25), task="detection", seed=0
+    )
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (9, 3, 3)
 
 
@@ -303,14 +307,14 @@ def test_a_detector_takes_up_attention_later(tmp_path):
     plain = build("faster_rcnn_tiny", arguments={"attention": "none"})
     hub.save_pretrained(plain.model, tmp_path / "plain")
     task = build("faster_rcnn_tiny")
-    run._start_from(task, str(tmp_path / "plain"))
+    start_from(task.model, str(tmp_path / "plain"), load=run.load)
     state = task.model.state_dict()
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(state[name], tensor), name
     with pytest.raises(UserError, match="lacks"):
         hub.copy_weights(task.model, plain.model.state_dict(), source="plain")
     with pytest.raises(UserError, match="takes no published weights"):
-        run._start_from_published(torch.nn.Linear(1, 1), "file.pth")
+        start_from(torch.nn.Linear(1, 1), "published:file.pth", load=run.load)
 
 
 def test_report_without_attention_has_no_maps():

@@ -1,6 +1,8 @@
 """The task: updates, comparison, diagnostics, pictures, resume, and what is refused."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -318,6 +320,24 @@ def test_loss_that_is_not_finite_is_named(tmp_path, digits):
     nn.init.constant_(trainer.task.model.critic.linear.bias, float("nan"))
     with pytest.raises(NonFiniteLossError, match="critic"):
         trainer.fit()
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_two_processes_train_with_a_penalty_and_micro_batches(tmp_path):
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "eanet", "train", "generation_digits/eagan", "--device", "cpu",
+        "--out", str(tmp_path / "run"), "--options.judge", "random",
+        "--options.loss", "wasserstein", "--options.gradient_penalty", "10",
+        "--options.critic_updates", "2", "--train.steps", "2", "--train.evaluate_every", "2",
+        "--train.accumulate", "2", "--data.batch_size", "16",
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["num_images"] == 359
+    assert metrics["baselines"]["random_fid"] < metrics["test"]["random_fid"]
 
 
 # judges

@@ -8,11 +8,11 @@ from PIL import Image
 
 from eanet import registry
 from eanet.data.drawing import SHAPES
+from eanet.data.splits import open_splits
 from eanet.errors import UserError
 from eanet.recipe import DataSpec
 from eanet.tasks.segmentation.class_names import ADE20K, CAMVID, CITYSCAPES, VOC, palette
 from eanet.tasks.segmentation.samples import IGNORE
-from eanet.tasks.segmentation.task import SegmentationTask
 
 
 def write_image(path, size=(12, 8), color=(10, 20, 30)):
@@ -147,7 +147,7 @@ def folder(tmp_path):
 
 def test_a_folder_without_splits_is_divided(folder):
     data = DataSpec(name="mask_folder", root=str(folder), validation_fraction=0.3)
-    splits = SegmentationTask.load_splits(data, seed=0)
+    splits = open_splits(data, task="segmentation", seed=0)
     assert (len(splits.train), len(splits.validation), splits.test) == (2, 1, None)
     assert splits.facts["num_classes"] == 3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from eanet import registry
+from eanet import hub, registry
 from eanet.nn.fusion import fuse
 
 MODELS = [name for name, entry in registry.models().items() if entry.task == "segmentation"]
@@ -118,3 +118,12 @@ def test_memories_may_be_tied_or_start_apart():
     assert "attention.memory_value" not in tied.state_dict()
     assert torch.equal(plain.attention.memory_value, plain.attention.memory_key)
     assert not torch.equal(apart.attention.memory_value, apart.attention.memory_key)
+
+
+def test_saved_folder_gives_the_network_back(tmp_path):
+    model = build("eanet_tiny", block_options={"eps": 1e-6}, output_stride=8).eval()
+    hub.save_pretrained(model, tmp_path / "saved")
+    again = hub.from_pretrained(tmp_path / "saved").eval()
+    x = torch.randn(1, 3, 40, 33)
+    assert torch.equal(again(x), model(x))
+    assert again.attention.eps == 1e-6

@@ -17,6 +17,7 @@ from eanet.errors import UserError
 from eanet.prediction import predict
 from eanet.recipe import DataSpec, ModelSpec, Recipe, TrainSpec
 from eanet.report.page import Picture, Table
+from eanet.starting_weights import start_from
 from eanet.tasks.segmentation import pictures
 from eanet.tasks.segmentation.builtin import DrawnScenes
 from eanet.tasks.segmentation.samples import IGNORE, Sample
@@ -112,10 +113,24 @@ def test_images_are_judged_at_their_own_size():
     batch = task.collate([task.evaluation_transform(sample) for sample in samples])
     metrics = task.new_metrics(torch.device("cpu"))
     with torch.no_grad():
-        found = task.class_scores(batch)
+        found = list(task.class_scores(batch))
         task.validation_step(batch, metrics)
     assert [tuple(scores.shape[1:]) for scores in found] == sizes
     assert int(metrics.confusion_matrix().sum()) == sum(a * b for a, b in sizes)
+
+
+@torch.no_grad()
+def test_large_images_go_through_few_at_a_time(monkeypatch):
+    task = build()
+    task.model.eval()
+    batch = batch_of(task, SPLITS.test, range(5))
+    whole = list(task.class_scores(batch))
+    seen = []
+    task.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr("eanet.tasks.segmentation.task._MAX_SCORE_VALUES", 2 * 7 * 64 * 64)
+    parts = list(task.class_scores(batch))
+    assert seen == [2, 2, 1]
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("merge", ["logits", "probabilities"])
@@ -309,14 +324,14 @@ def test_a_backbone_starts_from_a_file(trained, tmp_path):
     file = tmp_path / "backbone.safetensors"
     save_file(source.state_dict(), file)
     task = run.open_run(trained).task
-    run._start_from(task, f"backbone:{file}")
+    start_from(task.model, f"backbone:{file}", load=run.load)
     for name, tensor in task.model.backbone.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name])
     with pytest.raises(UserError, match="no model 'resnet50x'"):
-        run._start_from(task, "backbone:timm/resnet50x")
+        start_from(task.model, "backbone:timm/resnet50x", load=run.load)
     task.model = PerPixel()
     with pytest.raises(UserError, match="has no backbone"):
-        run._start_from(task, f"backbone:{file}")
+        start_from(task.model, f"backbone:{file}", load=run.load)
 
 
 def test_evaluation_takes_options(trained):

@@ -19,6 +19,8 @@ __all__ = [
     "attention_of_logits",
     "attention_rows",
     "block_logits",
+    "divide_by_slots_",
+    "exponentials",
     "normalized_rows",
     "parts_of",
 ]
@@ -133,38 +135,55 @@ def normalized_rows(
 def _double_normalize(
     x: Tensor, key: Tensor, attention: Tensor, eps: float, mask: Tensor | None
 ) -> Tensor:
-    """Fill ``attention`` as Eq. 11 has it, and return its denominator.
-
-    Each part is exponentiated with its own largest logit, which one factor for each slot and part
-    corrects afterwards: exp(l - m) / total = exp(l - m_part) * exp(m_part - m) / total.
-    """
+    """Fill ``attention`` as Eq. 11 has it, and return its denominator."""
     denominator = attention.new_empty((x.shape[0], 1, x.shape[2]))
     if attention.numel() == 0:
         return denominator
+    for part, factor in exponentials(x, key, attention, mask):
+        rows = attention[..., part].mul_(factor)
+        divide_by_slots_(rows, eps, denominator[..., part])
+    return denominator
+
+
+def exponentials(
+    x: Tensor, key: Tensor, out: Tensor, mask: Tensor | None
+) -> list[tuple[slice, Tensor]]:
+    """Write the exponentials of the logits to ``out``, and return what makes them a softmax.
+
+    Each part is exponentiated with its own largest logit, which one factor for each slot and part
+    corrects afterwards: exp(l - m) / total = exp(l - m_part) * exp(m_part - m) / total.
+
+    Returns:
+        The parts of the tokens with their factors (batch, slots, 1), 1 / total of Eq. 10 included.
+    """
     maxima: list[Tensor] = []
     sums: list[Tensor] = []
     all_parts = parts_of(x)
     for part in all_parts:
-        logits = _logits(x[..., part], key, attention.dtype)
+        logits = _logits(x[..., part], key, out.dtype)
         part_mask = None if mask is None else ~mask[:, part].unsqueeze(1)
         if part_mask is not None:
             # a finite value, so that a sample without any valid token gives no inf - inf
             logits.masked_fill_(part_mask, torch.finfo(logits.dtype).min)
         maxima.append(logits.amax(-1, keepdim=True))
-        rows = torch.sub(logits, maxima[-1], out=attention[..., part]).exp_()
+        logits.sub_(maxima[-1]).exp_()
         if part_mask is not None:
-            rows.masked_fill_(part_mask, 0.0)
-        sums.append(rows.sum(-1, keepdim=True))
+            logits.masked_fill_(part_mask, 0.0)
+        sums.append(logits.sum(-1, keepdim=True))
+        out[..., part] = logits
     part_maxima = torch.cat(maxima, dim=-1)  # (B, S, parts)
     factors = torch.exp(part_maxima - part_maxima.amax(-1, keepdim=True))
     # the largest exponential is 1, so the clamp changes samples without valid tokens alone
     factors /= (torch.cat(sums, dim=-1) * factors).sum(-1, keepdim=True).clamp_(min=1.0)
-    for index, part in enumerate(all_parts):
-        rows, divisor = attention[..., part], denominator[..., part]
-        rows.mul_(factors[..., index : index + 1])
-        torch.sum(rows, 1, keepdim=True, out=divisor).add_(eps)
-        rows.div_(divisor)
-    return denominator
+    return list(zip(all_parts, factors.split(1, dim=-1), strict=True))
+
+
+def divide_by_slots_(rows: Tensor, eps: float, denominator: Tensor | None = None) -> Tensor:
+    """Normalize over the slots (Eq. 11) in place, and keep the divisor where there is a place."""
+    if denominator is None:
+        return rows.div_(rows.sum(1, keepdim=True).add_(eps))
+    torch.sum(rows, 1, keepdim=True, out=denominator).add_(eps)
+    return rows.div_(denominator)
 
 
 def _logits(x: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:

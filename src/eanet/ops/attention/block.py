@@ -21,7 +21,7 @@ from eanet.ops.attention.block_function import (
     BlockOperands,
     BlockOptions,
     composed_block,
-    forward_pass,
+    inference_pass,
     num_valid,
 )
 
@@ -105,10 +105,11 @@ def external_attention_block(
         return _by_kernels(operands, options), None
     if out is not None:
         _check_out(out, operands)
-        passed = forward_pass(operands, options, out)
-        result, mean, variance = passed.out, passed.mean, passed.variance
-    elif torch.compiler.is_compiling():
+    if out is None and torch.compiler.is_compiling():
         result, mean, variance = composed_block(operands, options)
+    elif out is not None or not _records_gradients(operands):
+        passed = inference_pass(operands, options, out)
+        result, mean, variance = passed.out, passed.mean, passed.variance
     else:
         result, mean, variance = BlockFunction.apply(options, *operands)  # pyright: ignore[reportGeneralTypeIssues]
     if batch_norm is None:
@@ -171,6 +172,13 @@ def result_only(
     return out.transpose(1, 2)
 
 
+def _records_gradients(operands: BlockOperands) -> bool:
+    """Tell whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in operands
+    )
+
+
 def _check_out(out: Tensor, operands: BlockOperands) -> None:
     """Refuse a buffer that cannot take the result.
 
@@ -184,9 +192,7 @@ def _check_out(out: Tensor, operands: BlockOperands) -> None:
             f"out must be {shape}, {x.dtype} on {x.device}, "
             f"got {tuple(out.shape)}, {out.dtype} on {out.device}"
         )
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in [out, *operands]
-    ):
+    if torch.is_grad_enabled() and (out.requires_grad or _records_gradients(operands)):
         raise ValueError("out takes no part in gradients: use it under torch.no_grad()")
     same_place = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
     if not same_place and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():

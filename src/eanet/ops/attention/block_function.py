@@ -11,7 +11,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eanet.ops.attention.attention_rows import attention_rows, normalized_rows, parts_of
+from eanet.ops.attention import eager
+from eanet.ops.attention.attention_rows import (
+    attention_rows,
+    divide_by_slots_,
+    exponentials,
+    normalized_rows,
+    parts_of,
+)
 from eanet.ops.attention.thin_products import (
     empty_map,
     is_token_major,
@@ -26,7 +33,7 @@ __all__ = [
     "BlockOptions",
     "ForwardPass",
     "composed_block",
-    "forward_pass",
+    "inference_pass",
     "num_valid",
 ]
 
@@ -191,6 +198,48 @@ def forward_pass(
         out = empty_map(x, weight.shape[0])
     map_from_rows(weight, rows, base=x if options.residual else None, relu=options.relu, out=out)
     return ForwardPass(out, mean, variance, rows, weight, denominator)
+
+
+def inference_pass(
+    operands: BlockOperands, options: BlockOptions, out: Tensor | None = None
+) -> ForwardPass:
+    """Compute the block where nothing is kept for a backward pass.
+
+    On a CPU, between the two passes over x, the exponentials wait in the memory of the result,
+    whose first S channels are as large: no tensor of the size of the attention is allocated.
+    """
+    x, num_slots = operands.x, operands.key.shape[0]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if (
+        x.device.type != "cpu"
+        or x.numel() == 0
+        or options.norm != "double"
+        or options.batch_norm_eps is not None
+        or not eager.eps_dominates_underflow(options.eps, dtype)
+    ):
+        return forward_pass(operands, options, out)
+    weight, bias, mask = operands.value.to(x.dtype), operands.bias, operands.mask
+    if bias is not None:
+        weight = torch.cat([weight, bias.to(x.dtype).unsqueeze(1)], dim=1)
+    if out is None:
+        out = empty_map(x, weight.shape[0])
+    has_room = out.dtype == dtype and out.shape[1] >= num_slots and out.data_ptr() != x.data_ptr()
+    waiting = out[:, :num_slots] if has_room else empty_map(x, num_slots, dtype)
+    for part, factor in exponentials(x, operands.key, waiting, mask):
+        rows = empty_map(x[..., part], weight.shape[1], dtype)
+        attention = torch.mul(waiting[..., part], factor, out=rows[:, :num_slots])
+        divide_by_slots_(attention, options.eps)
+        if bias is not None:
+            rows[:, num_slots] = 1.0 if mask is None else mask[:, part].to(dtype)
+        map_from_rows(
+            weight,
+            rows.to(x.dtype),
+            base=x[..., part] if options.residual else None,
+            relu=options.relu,
+            out=out[..., part],
+        )
+    nothing = out.new_zeros(0)
+    return ForwardPass(out, nothing, nothing, nothing, weight, None)
 
 
 class BlockFunction(torch.autograd.Function):

@@ -36,6 +36,8 @@ _LEAST_MACS_OF_ONEDNN = 1 << 19
 _TILE_ENTRIES, _TOKEN_MAJOR_TILE_ENTRIES = 1 << 21, 1 << 19
 #: most tokens of a tile whose tokens lie side by side
 _TILE_TOKENS = 1 << 14
+#: tokens that are copied together at once: 8 MiB of 512 channels
+_COPIED_TOKENS = 1 << 12
 #: tokens that are summed at once where the channels of a token lie side by side
 _TOKEN_MAJOR_SUM_TOKENS = 1 << 12
 
@@ -110,14 +112,17 @@ def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
             rows = torch.stack([multiply(sample, weight.t()) for sample in tokens_of.unbind()])
         return rows.transpose(1, 2)
     weight = weight.contiguous()
-    if source.shape[0] == 1 and source.shape[2] <= _TILE_TOKENS:
+    if source.shape[0] == 1 and source.shape[2] <= _TILE_TOKENS and source.is_contiguous():
         return multiply(weight, source[0]).unsqueeze(0)
     if not _in_tiles(source):
         return torch.bmm(weight.expand(source.shape[0], *weight.shape), source)
     out = empty_map(source, weight.shape[0])
     for sample, target in zip(source, out, strict=True):
+        if sample.shape[1] <= _TILE_TOKENS and sample.is_contiguous():
+            target.copy_(multiply(weight, sample))
+            continue
         # a part is copied together: rows that lie far apart would meet in the same cache lines
-        for tokens in parts(source.shape[2], _TILE_TOKENS):
+        for tokens in parts(source.shape[2], _COPIED_TOKENS):
             target[:, tokens] = multiply(weight, sample[:, tokens].contiguous())
     return out
 
@@ -197,8 +202,9 @@ def sum_over_tokens(rows: Tensor, source: Tensor) -> Tensor:
     total = source.new_zeros((rows.shape[1], source.shape[1]))
     # sums of parts round less than one long sum; and rows side by side cost a copy of little, while
     # maps with gaps between their rows have to be copied together
-    most = _TOKEN_MAJOR_SUM_TOKENS if is_token_major(source) else _TILE_TOKENS
     for left, right in zip(rows, source, strict=True):
+        lies_together = not is_token_major(source) and right.shape[1] <= _TILE_TOKENS
+        most = _TILE_TOKENS if lies_together else _TOKEN_MAJOR_SUM_TOKENS
         for tokens in parts(source.shape[2], most):
             of_tokens = right[:, tokens]
             if not is_token_major(source):

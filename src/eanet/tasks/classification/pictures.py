@@ -27,6 +27,7 @@ __all__ = [
     "confusion_figure",
     "confusion_section",
     "examples_section",
+    "slot_maps",
 ]
 
 _BLUE, _ORANGE = COLORS[0], COLORS[1]
@@ -245,13 +246,12 @@ def attention_sections(
     """
     positions = np.linspace(0, len(results.labels) - 1, num_images).astype(int).tolist()
     samples = [results.sample(position) for position in dict.fromkeys(positions)]
-    blocks = [_captured(network, prepare(sample)) for sample in samples]
-    if not blocks[0]:
+    layers = [slot_maps(network, prepare(sample)) for sample in samples]
+    if not layers[0]:
         return []
     images = [_enlarged(_as_array(shown(sample))) for sample in samples]
     names = [results.class_names[sample.label or 0] for sample in samples]
-    last = np.stack([maps[-1] for maps in blocks])  # (images, heads, slots, rows, columns)
-    num_heads, num_slots = last.shape[1:3]
+    blocks = [name for name in layers[0] if name.startswith("block")]
     section = Section(
         "Attention of the memories",
         [
@@ -262,23 +262,27 @@ def attention_sections(
             )
         ],
     )
-    mean = last.mean(axis=1)
-    slots = salient_slots(mean, num_columns)
-    figure = slot_grid(images, mean, titles=names, slots=slots)
-    words = f"Last block, mean of its {num_heads} heads: the slots that differ most over the image."
-    section.parts.append(picture(figure, words))
-
-    heads = np.unique(np.linspace(0, num_heads - 1, num_columns).astype(int)).tolist()
-    width = 130 * (len(heads) + 1)
-    section.parts.append(picture(_head_figure(images, last, heads, names), _HEAD_WORDS, width))
-
+    if blocks:
+        # (images, heads, slots, rows, columns)
+        last = np.stack([maps[blocks[-1]] for maps in layers])
+        mean = last.mean(axis=1)
+        figure = slot_grid(images, mean, titles=names, slots=salient_slots(mean, num_columns))
+        words = (
+            f"Last block, mean of its {last.shape[1]} heads: the slots that differ most over the "
+            "image."
+        )
+        section.parts.append(picture(figure, words))
+        heads = np.unique(np.linspace(0, last.shape[1] - 1, num_columns).astype(int)).tolist()
+        width = 130 * (len(heads) + 1)
+        section.parts.append(picture(_head_figure(images, last, heads, names), _HEAD_WORDS, width))
     words = (
-        f"From the first block (top) to the last, on one image ({names[0]}). Every block has "
-        "memories of its own; each row shows the slots that differ most there, from left to right."
+        f"From the first layer of the stem (top) to the last block, on one image ({names[0]}). "
+        "Every layer has memories of its own; each row shows the slots that differ most there, "
+        "from left to right, as the mean of its heads. Patches are smaller in the stem."
     )
-    figure = _block_figure(images[0], blocks[0], num_columns)
+    figure = _layer_figure(images[0], layers[0], num_columns)
     section.parts.append(picture(figure, words))
-    section.parts.append(_concentration_table(blocks[0], num_slots))
+    section.parts.append(_concentration_table(layers[0]))
     return [section]
 
 
@@ -295,55 +299,83 @@ def _head_figure(
     return slot_grid(images, maps, titles=names, slots=range(len(heads)), slot_titles=titles)
 
 
-def _block_figure(image: np.ndarray, blocks: Sequence[np.ndarray], num_columns: int) -> Figure:
-    """Draw the most telling slots of every block, heads averaged, a row for each block."""
-    count = min(len(blocks), 8)
-    numbers = np.linspace(0, len(blocks) - 1, count).astype(int).tolist()
-    means = [blocks[number].mean(axis=0) for number in numbers]
-    maps = np.stack([mean[salient_slots(mean[None], num_columns)] for mean in means])
+def _layer_figure(image: np.ndarray, layers: Mapping[str, np.ndarray], num_columns: int) -> Figure:
+    """Draw the most telling slots of every layer, heads averaged, a row for each layer."""
+    count = min(len(layers), 10)
+    names = [list(layers)[place] for place in np.linspace(0, len(layers) - 1, count).astype(int)]
+    means = [layers[name].mean(axis=0) for name in names]
+    columns = min(num_columns, *(len(mean) for mean in means))
+    chosen = [mean[salient_slots(mean[None], columns)] for mean in means]
+    # one array for grids of several sizes: patches of the coarser are repeated
+    rows, width = (max(maps.shape[axis] for maps in chosen) for axis in (1, 2))
     return slot_grid(
         [image] * count,
-        maps,
-        titles=[f"block {number + 1}" for number in numbers],
-        slots=range(maps.shape[1]),
-        slot_titles=[f"choice {place + 1}" for place in range(maps.shape[1])],
+        np.stack([_repeated(maps, rows, width) for maps in chosen]),
+        titles=names,
+        slots=range(columns),
+        slot_titles=[f"choice {place + 1}" for place in range(columns)],
     )
 
 
-def _concentration_table(blocks: Sequence[np.ndarray], num_slots: int) -> Table:
-    """Return how unlike a uniform choice the attention over slots is, block by block."""
+def _repeated(maps: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Bring maps to a finer grid by repeating their patches."""
+    row = np.arange(rows) * maps.shape[1] // rows
+    column = np.arange(columns) * maps.shape[2] // columns
+    return maps[:, row][:, :, column]
+
+
+def _concentration_table(layers: Mapping[str, np.ndarray]) -> Table:
+    """Return how unlike a uniform choice the attention over slots is, layer by layer."""
     rows: list[list[str | int | float | None]] = []
-    for number, maps in enumerate(blocks):
+    for name, maps in layers.items():
         shares = maps / np.maximum(maps.sum(axis=1, keepdims=True), 1e-12)
         entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum(axis=1).mean()
-        rows.append([number + 1, float(np.exp(entropy)), float(maps.max(axis=1).mean())])
-    header = ["block", "slots in use per patch", "largest share of one slot"]
+        slots = maps.shape[1]
+        rows.append([name, slots, float(np.exp(entropy)), float(maps.max(axis=1).mean())])
+    header = ["layer", "slots", "slots in use per patch", "largest share of one slot"]
     caption = (
-        f"Slots in use: the exponential of the mean entropy over the {num_slots} slots; "
-        f"{num_slots} would be no choice at all"
+        "Slots in use: the exponential of the mean entropy over the slots; their number would be "
+        "no choice at all"
     )
     return Table(header, rows, caption)
 
 
 @torch.no_grad()
-def _captured(network: nn.Module, images: Tensor) -> list[np.ndarray]:
-    """Return the maps of all backbone blocks on one image, (heads, slots, rows, columns).
+def slot_maps(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+    """Return where the memories of every layer look, (heads, slots, rows, columns) of one image.
 
-    Attention among tokens is no map of slots and is left out, as is what lies in the stem.
+    Args:
+        network: the classifier, in evaluation mode. Attention among tokens is no map of slots and
+            is left out; one without memories gives nothing.
+        images: a batch of one, normalized.
+
+    Returns:
+        Name of a layer (``stem 1`` before ``block 1``) to the attention after both normalizations,
+        laid out as the patches are; the class token is left out, as in Figure 5. Layers of the
+        stem have one head.
     """
     if not isinstance(network, T2TViT):
-        return []
-    rows, columns = network.stem.grid(images.shape[2], images.shape[3])
+        return {}
     with capture_attention(network) as maps:
         network(images)
-    found: list[np.ndarray] = []
+    found: dict[str, np.ndarray] = {}
+    rows, columns = images.shape[2:]
+    for number, split in enumerate(network.stem.splits):
+        rows, columns = split.grid(rows, columns)
+        attention = maps.get(f"stem.blocks.{number}.attention")
+        if attention is not None and network.stem_kind == "ea":
+            found[f"stem {number + 1}"] = _on_grid(attention[0, None], rows, columns)
     for number in range(len(network.blocks)):
         attention = maps.get(f"blocks.{number}.attention")
-        if attention is None or network.mixer != "external":
-            continue
-        patches = attention[0].float().cpu().numpy()[:, -rows * columns :]  # without class token
-        found.append(patches.transpose(0, 2, 1).reshape(*patches.shape[::2], rows, columns))
+        if attention is not None and network.mixer == "external":
+            found[f"block {number + 1}"] = _on_grid(attention[0], rows, columns)
     return found
+
+
+def _on_grid(attention: Tensor, rows: int, columns: int) -> np.ndarray:
+    """Lay (heads, tokens, slots) out as (heads, slots, rows, columns), without class token."""
+    patches = attention[:, -rows * columns :].float().cpu().numpy()
+    return patches.transpose(0, 2, 1).reshape(*patches.shape[::2], rows, columns)
 
 
 def _as_array(image: Image.Image | Tensor) -> np.ndarray:

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from eanet import registry
 from eanet.data.files import decode_image
-from eanet.data.splits import Dataset, Splits, with_validation
+from eanet.data.splits import Dataset, Splits
 from eanet.engine.task import Update
-from eanet.recipe import DataSpec
 from eanet.report.page import Section
 from eanet.tasks.classification import pictures, transforms
 from eanet.tasks.classification.datasets import labels_of
@@ -94,23 +93,6 @@ class ClassificationTask:
         )
 
     # data
-
-    @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; where it has no validation split, carve one class by class.
-
-        Args:
-            data: which, and the share of the training samples that becomes validation.
-            seed: of the choice.
-
-        Raises:
-            UserError: the data set cannot be opened or is too small to be divided.
-        """
-        source = registry.dataset("classification", data.name)
-        registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
-        splits: Splits = source(data.root, **data.arguments).splits
-        labels = labels_of(splits.train) if splits.validation is None else None
-        return with_validation(splits, labels, data.validation_fraction, seed=seed, name=data.name)
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eanet.data.files import decode_image
+from eanet.data.files import decode_image, require_root
 from eanet.data.splits import Splits
 from eanet.errors import UserError
 from eanet.registry import register_dataset
@@ -136,16 +136,6 @@ def _has_masks(splits: Sequence[AnnotatedImages]) -> bool:
     return bool(instances) and all(x.segmentation for x in instances if not x.is_crowd)
 
 
-def _require_root(root: str | None, name: str, what: str) -> Path:
-    """Return the folder of a data set, which must exist."""
-    if root is None:
-        raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise UserError(f"data set {name!r}: the folder {str(path)!r} does not exist")
-    return path
-
-
 @register_dataset("coco")
 class Coco:
     """Images and objects in COCO's form.
@@ -173,7 +163,7 @@ class Coco:
         invalid: Invalid = "stop",
         keep_empty: bool = False,
     ) -> None:
-        folder = _require_root(root, "coco", "annotations/instances_train2017.json and train2017/")
+        folder = require_root(root, "coco", "annotations/instances_train2017.json and train2017/")
         if val_as not in ("validation", "test"):
             raise UserError(f"data.arguments.val_as must be validation or test, got {val_as!r}")
         parts: dict[str, AnnotatedImages] = {}
@@ -230,7 +220,7 @@ class Voc:
         invalid: Invalid = "stop",
         keep_empty: bool = False,
     ) -> None:
-        folder = _require_root(root, "voc", "Annotations/, JPEGImages/ and ImageSets/Main/")
+        folder = require_root(root, "voc", "Annotations/, JPEGImages/ and ImageSets/Main/")
         lists = folder / "ImageSets" / "Main"
         names = [name for name in ("train", "val", "test") if (lists / f"{name}.txt").is_file()]
         if "train" not in names:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from eanet import registry
 from eanet.data.files import decode_image
-from eanet.data.splits import Splits, Subset, carve_validation
+from eanet.data.splits import Splits
 from eanet.engine.task import Update
-from eanet.errors import UserError
-from eanet.recipe import DataSpec, Recipe
+from eanet.recipe import Recipe
 from eanet.report.page import Section
 from eanet.tasks.detection import baselines, pictures
 from eanet.tasks.detection.detector import pad_images
@@ -116,35 +115,6 @@ class DetectionTask:
         return [figure for figure in figures if figure[0] in metrics]
 
     # data
-
-    @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; where it has no validation split, set a part of training apart.
-
-        Args:
-            data: which, and the share of the training images that becomes validation.
-            seed: of the choice.
-
-        Raises:
-            UserError: the data set cannot be opened, or an annotation cannot be meant.
-        """
-        source = registry.dataset("detection", data.name)
-        registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
-        splits: Splits = source(data.root, **data.arguments).splits
-        if splits.validation is not None:
-            return splits
-        try:
-            train, validation = carve_validation(
-                None, len(splits.train), data.validation_fraction, seed=seed
-            )
-        except ValueError as error:
-            raise UserError(f"data set {data.name!r}: validation_fraction: {error}") from error
-        return Splits(
-            train=Subset(splits.train, train),
-            validation=Subset(splits.train, validation),
-            test=splits.test,
-            facts=splits.facts,
-        )
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,9 +130,14 @@ class Comparison:
         total[0] += value * weight
         total[1] += weight
 
-    def compute(self) -> dict[str, float]:
-        """Return the figures of everything seen, on every process."""
-        self._gather()
+    def compute(self, *, gathers: bool = True) -> dict[str, float]:
+        """Return the figures of everything seen.
+
+        Args:
+            gathers: over all processes, each of which must call this; otherwise of this one alone.
+        """
+        if gathers:
+            self._gather()
         if self.real is None or self.fake is None or self.spreads is None:
             raise ValueError("nothing to compare: no batch was added")
         prefix = self.judge.prefix

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eanet.data.loading import derive_seed
 from eanet.data.splits import Dataset, Splits
-from eanet.engine.evaluation import evaluate
+from eanet.engine.evaluation import evaluating
 from eanet.report.attention import slot_grid
 from eanet.report.figures import picture
 from eanet.report.page import Paragraph, Picture, Section, Table
@@ -58,16 +59,27 @@ def compare_real(
         images, labels = _images(task, test, real)
         others, their_labels = _images(task, splits.train, fake)
         comparison.update(images.to(device), labels, others.to(device), their_labels)
-    figures = comparison.compute()
+    figures = comparison.compute(gathers=False)
     return {name: figures[name] for name in task.last_metrics if name in figures}
 
 
-def draw_spread(task: "GenerationTask", test: Dataset, *, batch_size: int = _BATCH) -> list[float]:
-    """Return the task's chief figure on a split for several seeds of the latent vectors."""
-    return [
-        evaluate(task, test, batch_size=batch_size, seed=seed)[task.best_metric]
-        for seed in range(1, 1 + _DRAWS)
-    ]
+def draw_spread(task: "GenerationTask", test: Dataset, device: torch.device) -> list[float]:
+    """Return the task's chief figure on a split for several seeds of the latent vectors.
+
+    One process of several may call it.
+    """
+    figures: list[float] = []
+    for seed in range(_DRAWS):
+        metrics = task.new_metrics(device)
+        seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with evaluating(task.networks), seeded:
+            torch.manual_seed(derive_seed("draw", seed))
+            for start in range(0, len(test), _BATCH):
+                indices = range(start, min(start + _BATCH, len(test)))
+                samples = [task.evaluation_transform(test[index]) for index in indices]
+                task.validation_step(task.collate(samples).to(device), metrics)
+        figures.append(metrics.compute(gathers=False)[task.best_metric])
+    return figures
 
 
 def report_sections(task: "GenerationTask", splits: Splits, device: torch.device) -> list[Section]:

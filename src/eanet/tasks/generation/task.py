@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from eanet import registry
 from eanet.data.files import decode_image
-from eanet.data.labeled_images import labels_of
-from eanet.data.splits import Splits, with_validation
+from eanet.data.splits import Splits
 from eanet.engine.task import Update
 from eanet.errors import UserError
-from eanet.recipe import DataSpec, Recipe
+from eanet.recipe import Recipe
 from eanet.report.page import Section
 from eanet.tasks.generation import pictures, sections
 from eanet.tasks.generation.adversarial_pair import (
@@ -183,23 +182,6 @@ class GenerationTask:
         return [self.best_metric, score, "agreement", "diversity"]
 
     # data
-
-    @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; where it has no validation split, carve one class by class.
-
-        Args:
-            data: which, and the share of the training samples that becomes validation.
-            seed: of the choice.
-
-        Raises:
-            UserError: the data set cannot be opened or is too small to be divided.
-        """
-        source = registry.dataset("generation", data.name)
-        registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
-        splits: Splits = source(data.root, **data.arguments).splits
-        labels = labels_of(splits.train) if splits.validation is None else None
-        return with_validation(splits, labels, data.validation_fraction, seed=seed, name=data.name)
 
     @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,7 +361,7 @@ class GenerationTask:
         device = next(self.networks["generator"].parameters()).device
         figures = sections.compare_real(self, splits, test, device)
         if self.judge.kind != "inception" or device.type != "cpu":
-            draws = sections.draw_spread(self, test)
+            draws = sections.draw_spread(self, test, device)
             figures[f"{self.best_metric}_spread"] = statistics.stdev(draws)
         return figures
 

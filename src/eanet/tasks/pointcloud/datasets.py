@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eanet.data.files import require_root
 from eanet.data.splits import Dataset, Splits, Subset, carve_validation
 from eanet.errors import UserError
 from eanet.registry import register_dataset
@@ -107,16 +108,6 @@ def labels_of(dataset: Dataset) -> list[int]:
         return [labels[index] for index in dataset.indices]
     assert isinstance(dataset, CloudArrays | CloudFiles)
     return [int(label) for label in dataset.labels]
-
-
-def require_root(root: str | None, name: str, what: str) -> Path:
-    """Return the folder of a data set, which must exist."""
-    if root is None:
-        raise UserError(f"data set {name!r} needs a folder (data.root) with {what}")
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise UserError(f"data set {name!r}: the folder {str(path)!r} does not exist")
-    return path
 
 
 def class_facts(

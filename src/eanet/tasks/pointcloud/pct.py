@@ -239,8 +239,9 @@ class PointClassifier(nn.Module):
     torch.Size([2, 5])
     """
 
-    #: attributes that `eanet.create_model` sets
+    #: name and arguments, set by `eanet.create_model`; where published weights come from
     config: dict[str, Any]
+    facts: dict[str, Any]
 
     def __init__(
         self,
@@ -309,6 +310,7 @@ class PartSegmenter(nn.Module):
     """
 
     config: dict[str, Any]
+    facts: dict[str, Any]
 
     def __init__(
         self,

@@ -146,8 +146,10 @@ def _read_table(path: Path) -> np.ndarray:
     first = next((number for number, line in enumerate(lines) if line.split("#")[0].strip()), None)
     if first is None:
         raise UserError(f"{path}: holds no points")
-    if len(lines[first].split()) == 1:  # the count of points, as PTS and some XYZ files begin
+    if lines[first].strip().isdecimal():  # the count of points, as PTS and some XYZ files begin
         lines = lines[first + 1 :]
+    if not any(line.split("#")[0].strip() for line in lines):
+        raise UserError(f"{path}: holds no points")
     try:
         return np.loadtxt(lines, dtype=np.float64, ndmin=2)
     except ValueError as error:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eanet import registry
-from eanet.data.splits import Splits, with_validation
+from eanet.data.splits import Splits
 from eanet.engine.task import Update
 from eanet.errors import UserError
-from eanet.recipe import DataSpec
 from eanet.report.page import Section
 from eanet.tasks.pointcloud import baselines, pictures
 from eanet.tasks.pointcloud.datasets import labels_of
@@ -86,8 +85,8 @@ class _PointTask:
 
     batches_per_step = 1
     best_mode: Literal["max", "min"] = "max"
-    #: these data sets are small, and the tables of others state the best epoch on the test set
-    reports_last_checkpoint: ClassVar[bool] = True
+    #: published figures are of the best epoch by some, of the last by others: both are reported
+    last_metrics: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -134,23 +133,6 @@ class _PointTask:
         self.vote_scales, self.random_votes = tuple(vote_scales), random_votes
 
     # data
-
-    @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; where it has no validation split, carve one class by class.
-
-        Args:
-            data: which, and the share of the training samples that becomes validation.
-            seed: of the choice.
-
-        Raises:
-            UserError: the data set cannot be opened, or is too small to be divided.
-        """
-        source = registry.dataset("pointcloud", data.name)
-        registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
-        splits: Splits = source(data.root, **data.arguments).splits
-        labels = labels_of(splits.train) if splits.validation is None else None
-        return with_validation(splits, labels, data.validation_fraction, seed=seed, name=data.name)
 
     def train_transform(self, sample: Sample) -> Sample:
         """Return some points of the sample, augmented."""
@@ -243,6 +225,7 @@ class PointClassificationTask(_PointTask):
     smoke_options: ClassVar[dict[str, Any]] = {"num_points": 64}
     published_metric: ClassVar[tuple[str, float]] = ("overall accuracy (%)", 100.0)
     best_metric = "accuracy"
+    last_metrics = ("accuracy", "mean_class_accuracy")
 
     def __init__(
         self,
@@ -383,6 +366,7 @@ class PartSegmentationTask(_PointTask):
     smoke_options: ClassVar[dict[str, Any]] = {"num_points": 64, "evaluation_points": 64}
     published_metric: ClassVar[tuple[str, float]] = ("pIoU (%)", 100.0)
     best_metric = "instance_miou"
+    last_metrics = ("instance_miou", "class_miou")
 
     def __init__(
         self,

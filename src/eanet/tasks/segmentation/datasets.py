@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from eanet.data.files import IMAGE_SUFFIXES, decode_image, decode_indices
-from eanet.data.labeled_sets import IMAGENET_MEAN, IMAGENET_STD, require_root
+from eanet.data.files import IMAGE_SUFFIXES, decode_image, decode_indices, require_root
+from eanet.data.labeled_sets import IMAGENET_MEAN, IMAGENET_STD
 from eanet.data.splits import Dataset, Splits
 from eanet.errors import UserError
 from eanet.registry import register_dataset
@@ -35,7 +35,6 @@ __all__ = [
     "PascalVoc",
     "facts_of",
     "paired",
-    "require_root",
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eanet.data.labeled_sets import require_root
+from eanet.data.files import require_root
 from eanet.data.splits import Splits
 from eanet.errors import UserError
 from eanet.registry import register_dataset

@@ -136,7 +136,8 @@ def report_sections(
     for place, index in enumerate(indices):
         sample = split[index]
         batch = task.collate([task.evaluation_transform(sample)]).to(device)
-        predicted = task.class_scores(batch)[0].argmax(dim=0).to(torch.uint8)
+        (scored,) = task.class_scores(batch)
+        predicted = scored.argmax(dim=0).to(torch.uint8)
         assert batch.labels is not None
         metrics.update(predicted, batch.labels[0])
         if place in examples:
@@ -279,7 +280,7 @@ def attention_maps(
     try:
         batch = task.collate([task.evaluation_transform(sample)]).to(device)
         with torch.no_grad():
-            task.class_scores(batch)
+            list(task.class_scores(batch))
     finally:
         handle.remove()
     return found["share"].cpu().numpy(), found["saliency"].cpu().numpy()

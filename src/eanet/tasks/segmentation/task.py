@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from eanet import registry
 from eanet.data.files import decode_image
 from eanet.data.labeled_images import image_to_tensor, normalize
-from eanet.data.splits import Splits, Subset, carve_validation
+from eanet.data.splits import Splits
 from eanet.engine.task import Update
-from eanet.errors import UserError
-from eanet.recipe import DataSpec
 from eanet.report.page import Section
 from eanet.tasks.segmentation import pictures
 from eanet.tasks.segmentation.inference import Protocol, segment
@@ -25,6 +23,8 @@ from eanet.tasks.segmentation.transforms import Convention, TrainingTransform
 
 __all__ = ["SegmentationTask"]
 
+#: scores that are held at a time: 256 MiB of float32
+_MAX_SCORE_VALUES = 2**26
 #: training images that a baseline looks at
 _MAX_BASELINE_IMAGES = 200
 
@@ -152,31 +152,6 @@ class SegmentationTask:
     # data
 
     @classmethod
-    def load_splits(cls, data: DataSpec, *, seed: int) -> Splits:
-        """Open a data set; where it has no validation split, carve one.
-
-        Raises:
-            UserError: the data set cannot be opened or is too small to be divided.
-        """
-        source = registry.dataset("segmentation", data.name)
-        registry.check_arguments(f"data set {data.name!r}", source, data.arguments)
-        splits: Splits = source(data.root, **data.arguments).splits
-        if splits.validation is not None:
-            return splits
-        try:
-            train, validation = carve_validation(
-                None, len(splits.train), data.validation_fraction, seed=seed
-            )
-        except ValueError as error:
-            raise UserError(f"data set {data.name!r}: validation_fraction: {error}") from error
-        return Splits(
-            train=Subset(splits.train, train),
-            validation=Subset(splits.train, validation),
-            test=splits.test,
-            facts=splits.facts,
-        )
-
-    @classmethod
     def model_arguments(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the number of classes and of image channels."""
         return {"num_classes": facts["num_classes"], "in_channels": facts["in_channels"]}
@@ -257,16 +232,22 @@ class SegmentationTask:
             loss = pixel_loss(logits.unsqueeze(0), own.unsqueeze(0), reduction="valid_pixels")
             metrics.update(scored.argmax(dim=0), own, loss)
 
-    def class_scores(self, batch: Batch) -> list[Tensor]:
-        """Return the scores (classes, height, width) of each image, by the protocol."""
-        network = self.networks["model"]
-        return segment(
-            network,
-            self._normalized(batch.images),
-            batch.sizes,
-            self.protocol,
-            takes_masks=getattr(self.model, "takes_masks", False),
-        )
+    def class_scores(self, batch: Batch) -> Iterator[Tensor]:
+        """Yield the scores (classes, height, width) of each image, by the protocol.
+
+        Few images at a time go through the network where they are large, so that scores of many
+        megapixels do not have to be held for a whole batch.
+        """
+        values = len(self.class_names) * batch.images.shape[2] * batch.images.shape[3]
+        step = max(1, _MAX_SCORE_VALUES // values)
+        for start in range(0, len(batch), step):
+            yield from segment(
+                self.networks["model"],
+                self._normalized(batch.images[start : start + step]),
+                batch.sizes[start : start + step],
+                self.protocol,
+                takes_masks=getattr(self.model, "takes_masks", False),
+            )
 
     # prediction
 
