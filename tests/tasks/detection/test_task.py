@@ -1,8 +1,6 @@
 """The detection task: transforms, step, detections, report, baselines, and that it learns."""
 
 import json
-import warnings
-import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +20,6 @@ from eanet.starting_weights import start_from
 from eanet.tasks.detection.baselines import otsu_threshold, threshold_regions
 from eanet.tasks.detection.builtin import DrawnScenes
 from eanet.tasks.detection.coco_scores import coco_scores
-from eanet.tasks.detection.datasets import Coco
 from eanet.tasks.detection.mask_codes import decode_mask, encode_mask
 from eanet.tasks.detection.metrics import DetectionMetrics
 from eanet.tasks.detection.pictures import drawn
@@ -329,33 +326,3 @@ def test_report_without_attention_has_no_maps():
     assert isinstance(table, Table)
     assert isinstance(curves, Picture)
     assert len(table.rows) == 6
-
-
-@pytest.mark.realdata
-@pytest.mark.slow
-def test_photographs_are_learned_by_heart(data_dir, tmp_path):
-    with zipfile.ZipFile(data_dir / "coco_mini" / "coco_mini.zip") as archive:
-        archive.extractall(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is left out
-        splits = Coco(str(tmp_path / "coco_mini")).splits
-    model = registry.create_model(
-        "mask_rcnn_small_ea", num_classes=80, norm="group", anchor_scale=4.0
-    )
-    task = DetectionTask(model, splits.facts, image_size=128, max_size=192, horizontal_flip=0.0)
-    few = sorted(range(len(splits.train)), key=lambda i: len(splits.train[i].instances))[:2]
-    batch = task.collate([task.train_transform(splits.train[index]) for index in few])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(100):
-        (update,) = task.training_step([batch], step)
-        optimizer.zero_grad()
-        sum(update.losses.values()).backward()
-        optimizer.step()
-    model.eval()
-    metrics = task.new_metrics(torch.device("cpu"))
-    task.validation_step(
-        task.collate([task.evaluation_transform(splits.train[index]) for index in few]), metrics
-    )
-    values = metrics.compute()
-    assert values["box_AP50"] > 0.9
-    assert values["mask_AP50"] > 0.9
