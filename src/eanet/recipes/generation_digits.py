@@ -4,7 +4,9 @@
 
 No table of the paper; the smallest run that shows everything. ``judge`` is a classifier of the same
 digits, trained first and in seconds: its features give the distance to real images, and how often
-it sees the digit that was asked for tells whether the images can be recognized.
+it sees the digit that was asked for tells whether the images can be recognized. Measured once, with
+seed 0: it agrees with the asked digit on 98.9 % of 359 generated images (averaged weights), as it
+does on 98.1 % of as many training images (``eanet results``).
 """
 
 from dataclasses import replace
