@@ -446,3 +446,13 @@ def test_progress_overwrites_on_a_terminal_and_is_rare_in_a_file(monkeypatch):
     monkeypatch.setattr(progress, "_last", -1e9)
     progress.tick("three")
     assert file.getvalue() == "start\nthree\n"
+
+
+def test_only_some_contenders(tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    arguments = ["--quick", "--sizes", "64", "--modes", "inference", "--json", str(path)]
+    assert main([*arguments, "--only", "backend of nobody", "scaled_dot"]) == 0
+    names = {record["name"] for record in json.loads(path.read_text())["measured"]}
+    assert names == {f"scaled_dot_product_attention, {kernel}" for kernel in ("math", "flash")}
+    with pytest.raises(UserError, match="names no contender"):
+        main([*arguments, "--only", "nobody"])

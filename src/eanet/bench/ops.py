@@ -378,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget=default_budget(device, options.max_seconds, options.max_gib),
         modes=options.modes,
         rounds=1 if options.quick else options.rounds,
+        chosen=_chosen(options, device),
         rates=rates,
         progress=progress,
     )
@@ -393,6 +394,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in draw(sweep.records, options.plots, limits=limits):
             progress.say(f"wrote {path}")
     return 0
+
+
+def _chosen(options: argparse.Namespace, device: torch.device) -> list[Contender] | None:
+    """Return the contenders that ``--only`` names, ``None`` for all.
+
+    Raises:
+        UserError: no contender has such a name.
+    """
+    if options.only is None:
+        return None
+    channels = options.channels or (64 if options.quick else 256)
+    everyone = contenders(channels, options.slots, device)
+    chosen = [one for one in everyone if any(part in one.name for part in options.only)]
+    if not chosen:
+        names = ", ".join(one.name for one in everyone)
+        raise UserError(f"--only {' '.join(options.only)} names no contender; there are: {names}")
+    return chosen
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -424,6 +442,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--channels", type=int, help="a multiple of 64 (default: 256)")
     parser.add_argument("--slots", type=int, default=64, help="memory slots (default: 64)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="contenders whose names contain one of these"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

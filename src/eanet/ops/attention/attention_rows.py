@@ -175,7 +175,7 @@ def exponentials(
     factors = torch.exp(part_maxima - part_maxima.amax(-1, keepdim=True))
     # the largest exponential is 1, so the clamp changes samples without valid tokens alone
     factors /= (torch.cat(sums, dim=-1) * factors).sum(-1, keepdim=True).clamp_(min=1.0)
-    return list(zip(all_parts, factors.split(1, dim=-1), strict=True))
+    return [(part, factors[..., i : i + 1]) for i, part in enumerate(all_parts)]
 
 
 def divide_by_slots_(rows: Tensor, eps: float, denominator: Tensor | None = None) -> Tensor:

@@ -74,6 +74,7 @@ class ForwardPass(NamedTuple):
         rows: attention and, where there is a bias, one more row for it, in the type of x.
         weight: of the second product (V, rows), with batch norm and bias inside.
         denominator: of Eq. 11, (B, 1, N).
+        moments: mean (S) and covariance (S, S) of the attention, with batch norm.
     """
 
     out: Tensor
@@ -82,6 +83,7 @@ class ForwardPass(NamedTuple):
     rows: Tensor
     weight: Tensor
     denominator: Tensor | None
+    moments: tuple[Tensor, Tensor] | None = None
 
 
 def num_valid(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -97,18 +99,23 @@ def _centered(attention: Tensor, mean: Tensor, mask: Tensor | None) -> Tensor:
     return centered if mask is None else centered.masked_fill(~mask.unsqueeze(1), 0.0)
 
 
-def _moments(x: Tensor, attention: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean (S) and covariance (S, S) of attention over tokens, and their count.
+def _count(operands: BlockOperands, dtype: torch.dtype) -> Tensor:
+    """Return what sums over tokens are divided by."""
+    return num_valid(operands.x, operands.mask, dtype).clamp(min=1.0)
+
+
+def _moments(operands: BlockOperands, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean (S) and covariance (S, S) of attention over tokens.
 
     Rows are centered before they are multiplied: no small number is formed from large ones.
     """
-    count = num_valid(x, mask, attention.dtype).clamp(min=1.0)
+    count, mask = _count(operands, attention.dtype), operands.mask
     mean = attention.sum(dim=(0, 2)) / count
     covariance = attention.new_zeros((attention.shape[1], attention.shape[1]))
-    for part in parts_of(x, _MOMENT_TOKENS):
+    for part in parts_of(operands.x, _MOMENT_TOKENS):
         centered = _centered(attention[..., part], mean, _part(mask, part))
-        covariance = covariance + torch.bmm(centered, centered.transpose(1, 2)).sum(0)
-    return mean, covariance / count, count
+        covariance = covariance + sum_over_tokens(centered, centered)
+    return mean, covariance / count
 
 
 def _part(mask: Tensor | None, part: slice) -> Tensor | None:
@@ -119,14 +126,14 @@ def _value_moments(value: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Ten
     """Return mean and variance (V) of ``value @ attention`` from the moments of attention."""
     value = value.to(mean.dtype)
     # a quadratic form of a covariance is not negative, but its rounding error may be
-    return value @ mean, ((value @ covariance) * value).sum(1).clamp(min=0.0)
+    return (value * mean).sum(1), ((value @ covariance) * value).sum(1).clamp(min=0.0)
 
 
 def _fold_batch_norm(
-    operands: BlockOperands, attention: Tensor, eps: float
+    operands: BlockOperands, moments: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return weight and bias of the second product with batch norm inside, mean and variance."""
-    mean_attention, covariance, _ = _moments(operands.x, attention, operands.mask)
+    mean_attention, covariance = moments
     mean, variance = _value_moments(operands.value, mean_attention, covariance)
     factor = torch.rsqrt(variance + eps)
     if operands.scale is not None:
@@ -155,7 +162,8 @@ def composed_block(operands: BlockOperands, options: BlockOptions) -> tuple[Tens
     weight, bias = operands.value, operands.bias
     mean = variance = attention.new_zeros(0)
     if options.batch_norm_eps is not None:
-        weight, bias, mean, variance = _fold_batch_norm(operands, attention, options.batch_norm_eps)
+        moments = _moments(operands, attention)
+        weight, bias, mean, variance = _fold_batch_norm(operands, moments, options.batch_norm_eps)
     rows, weight = attention.to(x.dtype), weight.to(x.dtype).expand(x.shape[0], *weight.shape)
     if is_token_major(x):
         out = torch.bmm(rows.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)
@@ -185,10 +193,10 @@ def forward_pass(
     )
     weight, bias = operands.value, operands.bias
     mean = variance = buffer.new_zeros(0)
+    moments = None
     if options.batch_norm_eps is not None:
-        weight, bias, mean, variance = _fold_batch_norm(
-            operands, found.attention, options.batch_norm_eps
-        )
+        moments = _moments(operands, found.attention)
+        weight, bias, mean, variance = _fold_batch_norm(operands, moments, options.batch_norm_eps)
     weight = weight.to(x.dtype)
     if bias is not None:
         weight = torch.cat([weight, bias.to(x.dtype).unsqueeze(1)], dim=1)
@@ -197,7 +205,7 @@ def forward_pass(
     if out is None:
         out = empty_map(x, weight.shape[0])
     map_from_rows(weight, rows, base=x if options.residual else None, relu=options.relu, out=out)
-    return ForwardPass(out, mean, variance, rows, weight, denominator)
+    return ForwardPass(out, mean, variance, rows, weight, denominator, moments)
 
 
 def inference_pass(
@@ -253,7 +261,8 @@ class BlockFunction(torch.autograd.Function):
         found = forward_pass(operands, options)
         ctx.options = options
         kept = found.out if options.relu else None
-        ctx.save_for_backward(*tensors, found.rows, found.weight, found.denominator, kept)
+        moments = found.moments or (None, None)
+        ctx.save_for_backward(*tensors, found.rows, found.weight, found.denominator, kept, *moments)
         ctx.mark_non_differentiable(found.mean, found.variance)
         return found.out, found.mean, found.variance
 
@@ -286,12 +295,12 @@ def _composed_backward(
 def _fast_backward(
     operands: BlockOperands,
     options: BlockOptions,
-    saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    saved: tuple[Any, ...],
     grad_out: Tensor,
     x_wanted: bool,
 ) -> list[Tensor | None]:
     """Return the gradients of x, key, value, key bias, bias and scale."""
-    rows, weight, denominator, out = saved
+    rows, weight, denominator, out, *moments = saved
     x, num_slots = operands.x, operands.key.shape[0]
     grad = _before_relu(grad_out, out, x)
     attention = rows[:, :num_slots]
@@ -304,7 +313,7 @@ def _fast_backward(
     by_moments = None
     if options.batch_norm_eps is not None:
         grad_value, grad_scale, by_moments = _batch_norm_backward(
-            operands, options.batch_norm_eps, attention, grad_weight
+            operands, options.batch_norm_eps, (moments[0], moments[1]), grad_weight
         )
     _normalize_backward_(grad_rows, attention, denominator, by_moments, operands)
     grad_key_bias = grad_rows.sum((0, 2)) if operands.key_bias is not None else None
@@ -360,8 +369,8 @@ def _normalize_backward_(
         rows, mixed = attention[..., part], grad[..., part]
         if by_moments is not None:
             centered = _centered(rows, by_moments.mean, _part(operands.mask, part))
-            matrix = by_moments.matrix.expand(centered.shape[0], *by_moments.matrix.shape)
-            mixed.add_(torch.bmm(matrix, centered)).add_(by_moments.offset.unsqueeze(-1))
+            mixed.add_(rows_from_map(by_moments.matrix, centered))
+            mixed.add_(by_moments.offset.unsqueeze(-1))
         mixed.sub_((rows * mixed).sum(1, keepdim=True)).mul_(rows)
         sums.add_(mixed.sum(-1, keepdim=True))
     if denominator is not None:
@@ -371,11 +380,11 @@ def _normalize_backward_(
 
 
 def _batch_norm_backward(
-    operands: BlockOperands, eps: float, attention: Tensor, grad_weight: Tensor
+    operands: BlockOperands, eps: float, moments: tuple[Tensor, Tensor], grad_weight: Tensor
 ) -> tuple[Tensor, Tensor, _ByMoments]:
     """Return the gradients of value and scale, and the part that reaches attention by moments."""
-    mean_attention, covariance, count = _moments(operands.x, attention, operands.mask)
-    value = operands.value.to(attention.dtype)
+    mean_attention, covariance = moments
+    count, value = _count(operands, covariance.dtype), operands.value.to(covariance.dtype)
     mean, variance = _value_moments(value, mean_attention, covariance)
     inverse_std = torch.rsqrt(variance + eps)
     scale = torch.ones_like(mean) if operands.scale is None else operands.scale.to(mean.dtype)

@@ -31,6 +31,8 @@ __all__ = [
 
 #: multiply-adds of one product below which the call costs more than oneDNN saves
 _LEAST_MACS_OF_ONEDNN = 1 << 19
+#: multiply-adds with a sample below which all samples are multiplied at once
+_LEAST_MACS_BY_SAMPLE = 1 << 20
 #: entries of a tile of a map: 8 MiB of float32 with the tokens side by side, where short rows
 #: waste lines of the cache, and 2 MiB token-major
 _TILE_ENTRIES, _TOKEN_MAJOR_TILE_ENTRIES = 1 << 21, 1 << 19
@@ -91,6 +93,12 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right)
 
 
+def _by_sample(weight_rows: int, tensor: Tensor) -> bool:
+    """Tell whether the samples of a map are multiplied one by one."""
+    macs = weight_rows * tensor.shape[1] * tensor.shape[2]
+    return tensor.device.type == "cpu" and macs >= _LEAST_MACS_BY_SAMPLE
+
+
 def _in_tiles(tensor: Tensor) -> bool:
     """Tell whether a map is worked on in tiles."""
     return tensor.device.type == "cpu" and tensor.numel() > _TOKEN_MAJOR_TILE_ENTRIES
@@ -114,7 +122,7 @@ def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
     weight = weight.contiguous()
     if source.shape[0] == 1 and source.shape[2] <= _TILE_TOKENS and source.is_contiguous():
         return multiply(weight, source[0]).unsqueeze(0)
-    if not _in_tiles(source):
+    if not _by_sample(weight.shape[0], source):
         return torch.bmm(weight.expand(source.shape[0], *weight.shape), source)
     out = empty_map(source, weight.shape[0])
     for sample, target in zip(source, out, strict=True):
@@ -197,7 +205,7 @@ def sum_over_tokens(rows: Tensor, source: Tensor) -> Tensor:
         rows: (batch, slots, tokens), in the type of the map.
         source: (batch, channels, tokens), lying as the rows do.
     """
-    if not _in_tiles(source):
+    if not _by_sample(rows.shape[1], source):
         return torch.bmm(rows, source.transpose(1, 2)).sum(0)
     total = source.new_zeros((rows.shape[1], source.shape[1]))
     # sums of parts round less than one long sum; and rows side by side cost a copy of little, while
