@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fix check test test-slow test-gpu bench docs clean
+.PHONY: help setup demo fix check test test-slow test-gpu bench bench-gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ test-gpu: $(STAMP)  ## the tests that need a GPU
 
 bench: $(STAMP)  ## time and memory of the block: the paper's form, product form, fused
 	$(BIN)/eanet bench block
+
+bench-gpu: $(STAMP)  ## speed on a GPU, into results/benchmarks (under nine minutes)
+	$(BIN)/eanet bench gpu
 
 docs: $(STAMP)  ## build the documentation into docs/_build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

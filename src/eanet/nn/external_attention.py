@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from eanet.nn.dead_parameters import attach_zero_gradient
+from eanet.nn.dropout import dropout
 from eanet.nn.external_attention_2d import ExternalAttention2d
 from eanet.nn.fused_attention import FusedExternalAttention
 from eanet.nn.memories import (
@@ -241,9 +242,9 @@ class ExternalAttention(MemoryModule):
             eps=self.eps,
             mask=mask,
         )
-        attention = F.dropout(attention, self.attention_dropout).to(base.dtype)
+        attention = dropout(attention, self.attention_dropout).to(base.dtype)
         branch = F.linear(attention.transpose(1, 2), value.to(base.dtype), cast(bias, base.dtype))
-        branch = F.dropout(branch, self.projection_dropout)
+        branch = dropout(branch, self.projection_dropout)
         if mask is not None:
             branch = branch.masked_fill(~mask.unsqueeze(-1), 0.0)
         return branch if self.residual == "none" else base + branch

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from eanet.nn.dropout import dropout as drop
 from eanet.nn.memories import autocast_input, cast, check_tokens, flat_view, full_precision
 from eanet.nn.streaming import StreamedModule
 from eanet.ops.attention import Norm, check_mask, double_normalize, slot_softmax
@@ -244,7 +245,7 @@ def attend_heads(
     else:
         attention = slot_softmax(logits, token_dim=3, slot_dim=1)
     if dropout > 0:
-        attention = F.dropout(attention, dropout)
+        attention = drop(attention, dropout)
     rows = attention.to(x.dtype).view(-1, batch * tokens).t()
     value = value.to(x.dtype).t()
     out = torch.mm(rows, value) if bias is None else torch.addmm(bias.to(x.dtype), rows, value)

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from eanet.nn.dead_parameters import attach_zero_gradient
+from eanet.nn.dropout import dropout
 from eanet.nn.fused_attention import FusedMultiHeadExternalAttention, attend_heads
 from eanet.nn.memories import (
     MemoryInit,
@@ -134,7 +135,7 @@ class MultiHeadExternalAttention(MemoryModule):
             thin = mask is None and self._thin_is_cheaper(batch * tokens)
             out = self._forward_thin(x) if thin else self._forward_by_head(x, mask)
             if self.training and self.projection_dropout > 0:
-                out = F.dropout(out, self.projection_dropout)
+                out = dropout(out, self.projection_dropout)
             return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def _thin_is_cheaper(self, num_tokens: int) -> bool:
@@ -170,7 +171,7 @@ class MultiHeadExternalAttention(MemoryModule):
         batch, tokens, _ = x.shape
         attention = self._attention(x, mask)
         if self.training and self.attention_dropout > 0:
-            attention = F.dropout(attention, self.attention_dropout)
+            attention = dropout(attention, self.attention_dropout)
         attention = attention.to(x.dtype).flatten(0, 1)
         values = self.values.to(x.dtype).transpose(0, 1)
         heads = torch.bmm(values.expand(attention.shape[0], *values.shape), attention)
@@ -203,7 +204,7 @@ class MultiHeadExternalAttention(MemoryModule):
         weight, bias = self.projection.weight.to(x.dtype), cast(self.projection.bias, x.dtype)
         out = F.linear(heads, weight, bias)
         if self.training and self.projection_dropout > 0:
-            out = F.dropout(out, self.projection_dropout)
+            out = dropout(out, self.projection_dropout)
         return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def _forward_streamed(self, x: Tensor, mask: Tensor | None) -> Tensor:

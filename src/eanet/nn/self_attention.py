@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from eanet.nn.dropout import dropout
 from eanet.nn.memories import check_positive, check_tokens
 from eanet.ops.attention import Norm, check_mask, check_norm, double_normalize, slot_softmax
 
@@ -148,18 +149,18 @@ class SelfAttention(nn.Module):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Return the result for queries, keys and values of each head."""
-        dropout = self.attention_dropout if self.training else 0.0
+        share = self.attention_dropout if self.training else 0.0
         if self.normalization == "softmax" and mask is None:
             heads = F.scaled_dot_product_attention(
-                queries, keys, values, dropout_p=dropout, scale=self.scale
+                queries, keys, values, dropout_p=share, scale=self.scale
             )
         else:
             attention = self._attention(queries, keys, mask)
-            heads = torch.matmul(F.dropout(attention, dropout).to(values.dtype), values)
+            heads = torch.matmul(dropout(attention, share).to(values.dtype), values)
         out = heads.transpose(1, 2).flatten(2)
         if self.projection is not None:
             out = self.projection(out)
-        out = F.dropout(out, self.projection_dropout, training=self.training)
+        out = dropout(out, self.projection_dropout, self.training)
         if mask is not None:
             out = out.masked_fill(~mask.unsqueeze(-1), 0.0)
         return out if self.residual == "none" else out + values.transpose(1, 2).flatten(2)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from eanet.nn.batch_statistics import update_running_statistics, uses_batch_statistics
+from eanet.nn.dropout import Dropout
 from eanet.ops.attention.block import BatchStatistics
 
 __all__ = ["DropPath", "Mlp", "TokenBatchNorm", "TransformerBlock"]
@@ -61,7 +62,7 @@ class Mlp(nn.Module):
         self.expand = nn.Linear(channels, hidden_channels)
         self.activation = nn.GELU()
         self.contract = nn.Linear(hidden_channels, channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Float[Tensor, "batch tokens channels"]

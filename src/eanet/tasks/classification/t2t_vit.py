@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from eanet.nn.dropout import Dropout
 from eanet.nn.memories import MemoryModule
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
 from eanet.nn.self_attention import SelfAttention
@@ -179,7 +180,7 @@ class T2TViT(TimmInterface):
             other_grids=other_grids,
         )
         self.class_token = nn.Parameter(torch.zeros(1, 1, channels)) if num_prefix else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 channels,

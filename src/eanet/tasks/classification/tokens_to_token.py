@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eanet.nn.dropout import Dropout
 from eanet.nn.external_attention import ExternalAttention
 from eanet.nn.fused_attention import FusedExternalAttention
 from eanet.nn.memories import full_precision
@@ -68,7 +69,7 @@ class PerformerAttention(nn.Module):
         num_features = num_features or channels // 2
         self.keys_queries_values = nn.Linear(in_channels, 3 * channels)
         self.projection = nn.Linear(channels, channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # frozen, but stored and counted: another draw would be another network
         self.features = nn.Parameter(torch.empty(num_features, channels), requires_grad=False)
         nn.init.orthogonal_(self.features, gain=math.sqrt(num_features))
