@@ -77,6 +77,8 @@ class TinyImageNet:
         folder = nested if nested.is_dir() else folder
         classes = _classes(folder / "train")
         file = folder / "val" / "val_annotations.txt"
+        if (folder / "val" / "images").is_dir() and not file.is_file():
+            raise UserError(f"{str(file)!r} is missing; it holds the classes of val/images")
         labels = _read_columns(file, minimum=2) if file.is_file() else None
         images = folder / "val" / "images" if labels is not None else folder / "val"
         test = _read_validation(images, classes, labels, file if file.is_file() else None)

@@ -433,11 +433,11 @@ def test_tiny_imagenet_is_read_as_published(tmp_path):
     assert splits.facts["class_names"] == ["n01", "cat"]
     assert [splits.train[index].label for index in range(4)] == [0, 0, 1, 1]
     assert [splits.test[index].label for index in range(2)] == [1, 0]
-    annotations.write_text("val_0.JPEG\tn09\t0\t0\t9\t9\n")
-    with pytest.raises(UserError, match="line 1"):
+    annotations.write_text("val_0.JPEG\tn09\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
+    with pytest.raises(UserError, match=r"'n09' of 'val_0\.JPEG'"):
         TinyImageNet(str(tmp_path))
-    annotations.write_text("val_7.JPEG\tn01\t0\t0\t9\t9\n")
-    with pytest.raises(UserError, match="val_7"):
+    annotations.write_text("val_7.JPEG\tn01\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
+    with pytest.raises(UserError, match=r"no label of .*val_0"):
         TinyImageNet(str(tmp_path))
     annotations.unlink()
     with pytest.raises(UserError, match="annotations"):

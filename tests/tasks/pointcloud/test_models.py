@@ -351,5 +351,5 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             convert.load_published(file)
     torch.save(tensors, file)
-    with pytest.raises(UserError, match="no heads"):
+    with pytest.raises(UserError, match="num_heads has no meaning"):
         convert.load_published(file, num_heads=4)

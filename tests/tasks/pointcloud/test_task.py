@@ -61,9 +61,9 @@ def runs(tmp_path_factory):
 def test_a_run_reports_best_and_last_apart(runs):
     for name, metric in (("classes", "accuracy"), ("parts", "instance_miou")):
         metrics = runs[name].metrics
-        assert {"validation", "test", "test (last)", "baselines"} <= metrics.keys()
+        assert {"validation", "test", "baselines"} <= metrics.keys()
         assert metric in metrics["test"]
-        assert metric in metrics["test (last)"]
+        assert f"last/{metric}" in metrics["test"]
         assert 0 < min(metrics["baselines"].values()) <= max(metrics["baselines"].values()) <= 1
     assert runs["parts"].metrics["test"]["iou/mug"] >= 0
 
