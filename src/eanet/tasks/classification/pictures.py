@@ -360,7 +360,8 @@ def slot_maps(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
         network(images)
     found: dict[str, np.ndarray] = {}
     rows, columns = images.shape[2:]
-    for number, split in enumerate(network.stem.splits):
+    splits: list[Any] = [*network.stem.splits]
+    for number, split in enumerate(splits):
         rows, columns = split.grid(rows, columns)
         attention = maps.get(f"stem.blocks.{number}.attention")
         if attention is not None and network.stem_kind == "ea":
