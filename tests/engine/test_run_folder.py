@@ -151,6 +151,20 @@ def test_the_environment_is_json_with_versions():
     assert found["python"].startswith("3.")
 
 
+def test_the_environment_tells_the_command_without_folders_of_this_machine(monkeypatch):
+    words = [
+        "/home/me/.venv/bin/eanet",
+        "train",
+        "a/b",
+        "--out",
+        "/data/runs/x/",
+        "--data.root=/d/c",
+    ]
+    monkeypatch.setattr("sys.argv", [*words, "--optim.lr=1e-3", "/"])
+    expected = ["eanet", "train", "a/b", "--out", "x", "--data.root=c", "--optim.lr=1e-3", "/"]
+    assert environment()["command"] == expected
+
+
 def test_a_file_in_a_missing_folder_is_an_error_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*missing/a.txt"):
         write_text(tmp_path / "missing" / "a.txt", "")

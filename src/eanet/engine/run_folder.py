@@ -4,10 +4,11 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -183,8 +184,17 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "command": sys.argv,
+        "command": _without_folders(sys.argv),
     }
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """Return a command whose absolute paths are cut to their last part: no result depends on them.
+
+    >>> _without_folders(["/usr/bin/eanet", "bench", "--json=/home/me/block.json"])
+    ['eanet', 'bench', '--json=block.json']
+    """
+    return [re.sub(r"(^|=)/(?:.*/)?([^/]+)/?$", r"\1\2", word) for word in words]
 
 
 def _version(library: str) -> str | None:
