@@ -85,16 +85,17 @@ def measured() -> str:
         "",
         "## Benchmarks",
         "",
-        "| file in `results/benchmarks` | command | device | commit |",
+        "| file in `results/benchmarks` | command | hardware | commit |",
         "|---|---|---|---|",
     ]
     for path in sorted((ROOT / "results/benchmarks").glob("*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         environment = facts["environment"]
         command = " ".join(["eanet", *environment["command"][1:]])
-        lines.append(
-            f"| `{path.name}` | `{command}` | {facts['device']} | {environment['commit'][:12]} |"
+        hardware = ", ".join(environment["gpus"]) or (
+            f"{environment['processor']}, {environment['threads']} threads"
         )
+        lines.append(f"| `{path.name}` | `{command}` | {hardware} | {environment['commit'][:12]} |")
     return "\n".join([*lines, ""])
 
 
