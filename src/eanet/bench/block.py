@@ -34,7 +34,13 @@ from eanet.bench.limits import (
     limit_of,
     measure_machine_rates,
 )
-from eanet.bench.measure import Measurement, device_name, measure_interleaved, write_figures
+from eanet.bench.measure import (
+    Measurement,
+    device_name,
+    measure_interleaved,
+    write_figures,
+    write_line,
+)
 from eanet.nn.external_attention import ExternalAttention2d
 from eanet.nn.fusion import fuse
 
@@ -282,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=options.rounds,
         device=options.device,
         dtype=getattr(torch, options.dtype),
-        progress=lambda line: _say(line, sys.stderr),
+        progress=lambda line: write_line(line, sys.stderr),
     )
-    _say(format_table(report), sys.stdout)
+    write_line(format_table(report), sys.stdout)
     if options.large_pages:
         report["with_large_pages"] = _again_with_large_pages(sys.argv[1:] if argv is None else argv)
     if options.json is not None:
@@ -304,17 +310,11 @@ def _again_with_large_pages(arguments: Sequence[str]) -> dict[str, Any]:
             *(argument for argument in arguments if argument != "--large-pages"),
             "--json", str(path),
         ]  # fmt: skip
-        _say("\nonce more, with large pages:", sys.stdout)
+        write_line("\nonce more, with large pages:", sys.stdout)
         subprocess.run(  # noqa: S603 - this program itself
             command, env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}, check=True
         )
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _say(line: str, stream: Any) -> None:
-    """Write a line to a stream at once."""
-    stream.write(line + "\n")
-    stream.flush()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from eanet import registry
-from eanet.bench.measure import Measurement, device_name, measure_interleaved, write_figures
+from eanet.bench.measure import (
+    Measurement,
+    device_name,
+    measure_interleaved,
+    write_figures,
+    write_line,
+)
 
 __all__ = ["benchmark_generation", "format_table", "main"]
 
@@ -200,18 +206,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_sizes=options.batch_sizes or [usual[size] for size in options.sizes],
         rounds=options.rounds,
         device=options.device,
-        progress=lambda line: _say(line, sys.stderr),
+        progress=lambda line: write_line(line, sys.stderr),
     )
-    _say(format_table(report), sys.stdout)
+    write_line(format_table(report), sys.stdout)
     if options.json is not None:
         write_figures(options.json, report)
     return 0
-
-
-def _say(line: str, stream: Any) -> None:
-    """Write a line to a stream at once."""
-    stream.write(line + "\n")
-    stream.flush()
 
 
 if __name__ == "__main__":

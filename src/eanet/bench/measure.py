@@ -8,13 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from eanet.engine.run_folder import environment, write_text
 
-__all__ = ["Measurement", "device_name", "measure_interleaved", "peak_bytes", "write_figures"]
+__all__ = [
+    "Measurement",
+    "device_name",
+    "measure_interleaved",
+    "peak_bytes",
+    "write_figures",
+    "write_line",
+]
 
 
 @dataclass
@@ -136,3 +143,9 @@ def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({**figures, "environment": environment()}, indent=2) + "\n")
+
+
+def write_line(line: str, stream: TextIO) -> None:
+    """Write a line at once, so that progress is seen while a measurement runs."""
+    stream.write(line + "\n")
+    stream.flush()

@@ -25,6 +25,7 @@ from eanet.bench.measure import (
     measure_interleaved,
     peak_bytes,
     write_figures,
+    write_line,
 )
 from eanet.ops.points import farthest_point_sample
 
@@ -385,9 +386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if options.memory:
-        report = benchmark_memory(progress=lambda line: _say(line, sys.stderr))
+        report = benchmark_memory(progress=lambda line: write_line(line, sys.stderr))
         for name, peak in report["peak_bytes"].items():
-            _say(f"{name}: {peak / 2**30:.2f} GiB", sys.stdout)
+            write_line(f"{name}: {peak / 2**30:.2f} GiB", sys.stdout)
         if options.json is not None:
             write_figures(options.json, report)
         return 0
@@ -398,18 +399,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_points=options.points,
         sampling=options.sampling,
         rounds=options.rounds,
-        progress=lambda line: _say(line, sys.stderr),
+        progress=lambda line: write_line(line, sys.stderr),
     )
-    _say(format_table(report), sys.stdout)
+    write_line(format_table(report), sys.stdout)
     if options.json is not None:
         write_figures(options.json, report)
     return 0
-
-
-def _say(line: str, stream: Any) -> None:
-    """Write a line to a stream at once."""
-    stream.write(line + "\n")
-    stream.flush()
 
 
 if __name__ == "__main__":

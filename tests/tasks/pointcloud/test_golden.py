@@ -10,8 +10,8 @@ from eanet import create_model
 from eanet.tasks.pointcloud.attention import attention_layer
 from eanet.tasks.pointcloud.embedding import LocalAggregation
 from eanet.tasks.pointcloud.metrics import ClassMetrics, PartMetrics, restrict_to_category
+from eanet.tasks.pointcloud.point_task import spread_smoothing
 from eanet.tasks.pointcloud.published_keys import attention_keys, from_published
-from eanet.tasks.pointcloud.task import spread_smoothing
 from eanet.tasks.pointcloud.transforms import drop_points, scale_and_shift
 
 #: of output and input gradient, of parameter gradients; as the files state in words

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,192 +17,24 @@ from eanet.report.page import Section
 from eanet.tasks.pointcloud import baselines, pictures
 from eanet.tasks.pointcloud.datasets import labels_of
 from eanet.tasks.pointcloud.metrics import ClassMetrics, PartMetrics, restrict_to_category
-from eanet.tasks.pointcloud.point_files import read_points
-from eanet.tasks.pointcloud.samples import Batch, Sample, collate
+from eanet.tasks.pointcloud.point_task import (
+    PointTask,
+    Votes,
+    known_targets,
+    reported_split,
+    spread_smoothing,
+    transformed_batches,
+)
+from eanet.tasks.pointcloud.samples import Batch, Sample
 from eanet.tasks.pointcloud.transforms import (
-    Augmentation,
     PointChoice,
-    choose_points,
-    normalize_to_unit_sphere,
 )
 
-__all__ = ["PartSegmentationTask", "PointClassificationTask", "spread_smoothing"]
-
-#: of the order in which points of a file are taken; a constant, so that predictions repeat
-_FILE_SEED = 2105
-#: points sampled on the surface of a mesh file
-_MESH_POINTS = 2048
-
-
-def spread_smoothing(share: float, num_classes: int) -> float:
-    """Return PyTorch's ``label_smoothing`` for a share spread over the *other* classes.
-
-    PCT's code gives the true class 1 - share and divides the share among the rest; PyTorch divides
-    it among all classes.
-
-    >>> round(spread_smoothing(0.2, 40), 6)
-    0.205128
-    """
-    return share * num_classes / (num_classes - 1)
-
-
-class _Votes:
-    """Metrics of a plain pass, and of the mean over several scales under ``voted_...``."""
-
-    def __init__(self, plain: Any, voted: Any | None) -> None:
-        self.plain, self.voted = plain, voted
-
-    def update(self, plain: Tensor, voted: Tensor | None, *targets: Tensor | None) -> None:
-        self.plain.update(plain, *targets)
-        if self.voted is not None:
-            assert voted is not None
-            self.voted.update(voted, *targets)
-
-    def compute(self) -> dict[str, float]:
-        numbers = self.plain.compute()
-        if self.voted is not None:
-            voted = {f"voted_{name}": value for name, value in self.voted.compute().items()}
-            # the loss of averaged probabilities is none that anything was trained on
-            numbers |= {name: value for name, value in voted.items() if name != "voted_loss"}
-        return numbers
-
-
-class _PointTask:
-    """What both tasks share: data, chosen points, augmentation, voting, files.
-
-    Args:
-        model: a network of this room.
-        facts: of the data set.
-        num_points: points of a training cloud; ``None`` for all that are stored.
-        evaluation_points: points of a validation, test or predicted cloud; ``None`` for all.
-        point_choice: which points a training cloud gets: the "first", as PCT, or "random" ones.
-        augment: arguments of :class:`eanet.tasks.pointcloud.transforms.Augmentation`.
-        label_smoothing: share of the target spread over the other classes.
-        vote_scales: factors of the coordinates whose probabilities are averaged in evaluation, on
-            top of the plain pass (PCT: 0.7, 0.8, ... 1.4).
-        random_votes: further factors, drawn within 0.8 and 1.2.
-    """
-
-    batches_per_step = 1
-    best_mode: Literal["max", "min"] = "max"
-    #: published figures are of the best epoch by some, of the last by others: both are reported
-    last_metrics: ClassVar[tuple[str, ...]]
-
-    def __init__(
-        self,
-        model: nn.Module,
-        facts: Mapping[str, Any],
-        *,
-        num_points: int | None,
-        evaluation_points: int | None,
-        point_choice: PointChoice,
-        augment: Mapping[str, Any] | None,
-        label_smoothing: float,
-        vote_scales: Sequence[float],
-        random_votes: int,
-    ) -> None:
-        for name, value in (("num_points", num_points), ("evaluation_points", evaluation_points)):
-            if value is not None and value < model.min_points:  # pyright: ignore
-                raise ValueError(
-                    f"{name} must be at least {model.min_points}, which the network needs, "
-                    f"got {value}"
-                )
-        if point_choice not in ("first", "random"):
-            raise ValueError(f"point_choice must be 'first' or 'random', got {point_choice!r}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be within [0, 1), got {label_smoothing}")
-        if any(scale <= 0 for scale in vote_scales) or random_votes < 0:
-            raise ValueError(
-                f"vote_scales must be above 0 and random_votes at least 0, got {vote_scales} and "
-                f"{random_votes}"
-            )
-        unknown = set(augment or ()) - set(Augmentation.__dataclass_fields__)
-        if unknown:
-            raise ValueError(
-                f"augment has no {sorted(unknown)[0]!r}; it has "
-                f"{', '.join(Augmentation.__dataclass_fields__)}"
-            )
-        self.model = model
-        self.networks: dict[str, nn.Module] = {"model": model}
-        self.facts = dict(facts)
-        self.class_names: list[str] = list(facts["class_names"])
-        self.num_points, self.evaluation_points = num_points, evaluation_points
-        self.point_choice: PointChoice = point_choice
-        self.augment = Augmentation(**(augment or {}))
-        self.label_smoothing = label_smoothing
-        self.vote_scales, self.random_votes = tuple(vote_scales), random_votes
-
-    # data
-
-    def train_transform(self, sample: Sample) -> Sample:
-        """Return some points of the sample, augmented."""
-        sample = choose_points(sample, self.num_points, self.point_choice)
-        return sample.with_points(self.augment(sample.points))
-
-    def evaluation_transform(self, sample: Sample) -> Sample:
-        """Return the first points of the sample, without any random choice.
-
-        Raises:
-            UserError: the cloud has fewer points than the network needs.
-        """
-        wanted = len(sample)
-        if self.evaluation_points is not None:
-            wanted = min(wanted, self.evaluation_points)
-        least: int = self.model.min_points  # pyright: ignore
-        if wanted < least:
-            raise UserError(
-                f"{sample.name}: has {len(sample)} points, the network needs at least {least}"
-            )
-        return choose_points(sample, wanted, "first")
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack transformed samples."""
-        return collate(samples)
-
-    def read_file(self, path: Path) -> Sample:
-        """Read a cloud, or a mesh whose surface is sampled, as the data set's clouds are.
-
-        Points come in a fixed random order, so that the first ones are spread over the object.
-        A cloud is brought to the unit sphere where those of the data set are.
-
-        Raises:
-            UserError: the file is no readable cloud or mesh.
-        """
-        points = read_points(path, in_channels=self.facts["in_channels"], mesh_points=_MESH_POINTS)
-        if self.facts.get("unit_sphere", True):
-            try:
-                points = normalize_to_unit_sphere(points)
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from error
-        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(_FILE_SEED))
-        return Sample(points[order], None, None, str(path))
-
-    # evaluation
-
-    def _probabilities(self, batch: Batch) -> Tensor:
-        raise NotImplementedError
-
-    def _vote(self, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Return logarithms of the probabilities averaged over scales, ``None`` without votes."""
-        scales = list(self.vote_scales)
-        scales += (0.8 + 0.4 * torch.rand(self.random_votes)).tolist()
-        if not scales:
-            return None
-        total = torch.zeros_like(logits)
-        for scale in scales:
-            points = torch.cat([batch.points[..., :3] * scale, batch.points[..., 3:]], dim=2)
-            total += self._evaluated_logits(batch, points).softmax(-1)
-        return (total / len(scales)).log()
-
-    def _logits(self, batch: Batch, points: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _evaluated_logits(self, batch: Batch, points: Tensor) -> Tensor:
-        return self._logits(batch, points)
+__all__ = ["PartSegmentationTask", "PointClassificationTask"]
 
 
 @registry.register_task
-class PointClassificationTask(_PointTask):
+class PointClassificationTask(PointTask):
     """A class for every cloud.
 
     Args:
@@ -262,25 +94,25 @@ class PointClassificationTask(_PointTask):
         """Yield the one update: cross entropy."""
         del step
         (batch,) = batches
-        labels = _known(batch.labels)
+        labels = known_targets(batch.labels)
         logits = self._logits(batch, batch.points)
         smoothing = spread_smoothing(self.label_smoothing, self.num_classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
         yield Update("model", {"loss": loss}, {"accuracy": accuracy})
 
-    def new_metrics(self, device: torch.device) -> _Votes:
+    def new_metrics(self, device: torch.device) -> Votes:
         """Return empty metrics for one validation."""
         voted = self.vote_scales or self.random_votes
-        return _Votes(
+        return Votes(
             ClassMetrics(self.num_classes, device),
             ClassMetrics(self.num_classes, device) if voted else None,
         )
 
-    def validation_step(self, batch: Batch, metrics: _Votes) -> None:
+    def validation_step(self, batch: Batch, metrics: Votes) -> None:
         """Add one batch to the metrics."""
         logits = self._logits(batch, batch.points)
-        metrics.update(logits, self._vote(batch, logits), _known(batch.labels))
+        metrics.update(logits, self._vote(batch, logits), known_targets(batch.labels))
 
     def _logits(self, batch: Batch, points: Tensor) -> Tensor:
         return self.networks["model"](points, batch.mask).float()
@@ -323,10 +155,10 @@ class PointClassificationTask(_PointTask):
     @torch.no_grad()
     def report_sections(self, splits: Splits, device: torch.device) -> list[Section]:
         """Return confusions, clouds with their predictions, and attention of slots."""
-        split = _reported(splits)
+        split = reported_split(splits)
         if split is None:
             return []
-        batches = _batches(self, split, device)
+        batches = transformed_batches(self, split, device)
         probabilities = [self._logits(batch, batch.points).softmax(1).cpu() for batch in batches]
         labels = np.array(labels_of(split))
         return pictures.classification_sections(
@@ -340,7 +172,7 @@ class PointClassificationTask(_PointTask):
 
 
 @registry.register_task("pointcloud_parts")
-class PartSegmentationTask(_PointTask):
+class PartSegmentationTask(PointTask):
     """A part for every point of a cloud whose category is known.
 
     Args:
@@ -419,7 +251,7 @@ class PartSegmentationTask(_PointTask):
         """Yield the one update: cross entropy over all parts, whatever the category."""
         del step
         (batch,) = batches
-        parts = _known(batch.parts)
+        parts = known_targets(batch.parts)
         logits = self._logits(batch, batch.points)
         if batch.mask is not None:
             logits, parts = logits[batch.mask], parts[batch.mask]
@@ -429,20 +261,22 @@ class PartSegmentationTask(_PointTask):
         accuracy = (logits.detach().argmax(dim=1) == parts).float().mean()
         yield Update("model", {"loss": loss}, {"point_accuracy": accuracy})
 
-    def new_metrics(self, device: torch.device) -> _Votes:
+    def new_metrics(self, device: torch.device) -> Votes:
         """Return empty metrics for one validation."""
         plain = PartMetrics(self.part_ranges, device, self.class_names)
         voted = self.vote_scales or self.random_votes
-        return _Votes(plain, PartMetrics(self.part_ranges, device) if voted else None)
+        return Votes(plain, PartMetrics(self.part_ranges, device) if voted else None)
 
-    def validation_step(self, batch: Batch, metrics: _Votes) -> None:
+    def validation_step(self, batch: Batch, metrics: Votes) -> None:
         """Add one batch to the metrics."""
         logits = self._evaluated_logits(batch, batch.points)
         voted = self._vote(batch, logits)
-        metrics.update(logits, voted, _known(batch.parts), _known(batch.labels), batch.mask)
+        metrics.update(
+            logits, voted, known_targets(batch.parts), known_targets(batch.labels), batch.mask
+        )
 
     def _logits(self, batch: Batch, points: Tensor) -> Tensor:
-        return self.networks["model"](points, _known(batch.labels), batch.mask).float()
+        return self.networks["model"](points, known_targets(batch.labels), batch.mask).float()
 
     def _evaluated_logits(self, batch: Batch, points: Tensor) -> Tensor:
         """Return logits of all points, portion by portion where a cloud is divided."""
@@ -550,17 +384,17 @@ class PartSegmentationTask(_PointTask):
     @torch.no_grad()
     def report_sections(self, splits: Splits, device: torch.device) -> list[Section]:
         """Return the IoU of each category, clouds with true and predicted parts, and attention."""
-        split = _reported(splits)
+        split = reported_split(splits)
         if split is None:
             return []
         metrics = PartMetrics(self.part_ranges, device, self.class_names)
         shown: list[tuple[Sample, np.ndarray]] = []
         wanted = set(np.linspace(0, len(split) - 1, min(len(split), 8)).astype(int).tolist())
         number = 0
-        for batch in _batches(self, split, device):
+        for batch in transformed_batches(self, split, device):
             logits = self._evaluated_logits(batch, batch.points)
-            labels = _known(batch.labels)
-            metrics.update(logits, _known(batch.parts), labels, batch.mask)
+            labels = known_targets(batch.labels)
+            metrics.update(logits, known_targets(batch.parts), labels, batch.mask)
             found = restrict_to_category(logits, labels, self.part_ranges).argmax(2).cpu()
             for row in found:
                 if number in wanted:
@@ -575,24 +409,3 @@ class PartSegmentationTask(_PointTask):
             self.facts,
             device,
         )
-
-
-def _known(tensor: Tensor | None) -> Tensor:
-    """Return targets of a batch, which must be known."""
-    if tensor is None:
-        raise ValueError("the batch has samples without a target")
-    return tensor
-
-
-def _reported(splits: Splits) -> Any:
-    """Return the split that the report shows."""
-    split = splits.test if splits.test is not None else splits.validation
-    return split if split is not None and len(split) else None
-
-
-def _batches(task: _PointTask, split: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield the samples of a split in batches, in order."""
-    for start in range(0, len(split), 16):
-        stop = min(start + 16, len(split))
-        samples = [task.evaluation_transform(split[index]) for index in range(start, stop)]
-        yield task.collate(samples).to(device)
