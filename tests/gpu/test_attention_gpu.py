@@ -141,7 +141,7 @@ def test_operators_pass_all_checks(norm, gpu, without_shape_checks):
     seed = torch.tensor([11], device=gpu)
     torch.library.opcheck(
         torch.ops.eanet.external_attention.default,
-        (*leaves, mask, seed, 2, norm, 1e-9, 0.3, False, True),
+        (*leaves, mask, seed, 2, norm, 1e-9, 0.3, False, True, True),
     )
 
 

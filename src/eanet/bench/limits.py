@@ -26,6 +26,7 @@ __all__ = [
     "measure_copy_rate",
     "measure_machine_rates",
     "measure_matrix_rate",
+    "replayed_seconds",
 ]
 
 #: side of the matrices whose product shows what the machine can do
@@ -139,6 +140,7 @@ def fastest_seconds(
     *,
     budget_seconds: float = 0.3,
     most_repeats: int = 50,
+    batch: int | None = None,
 ) -> float:
     """Return the time of the fastest of several calls.
 
@@ -149,8 +151,9 @@ def fastest_seconds(
         device: where it computes.
         budget_seconds: stop after this time, but not before three repetitions.
         most_repeats: stop after as many.
+        batch: calls that are timed together; one on a CPU, else ten.
     """
-    calls = 1 if device.type == "cpu" else 10
+    calls = batch or (1 if device.type == "cpu" else 10)
     for _ in range(2):
         call()
     _wait_for(device)
@@ -162,6 +165,48 @@ def fastest_seconds(
         _wait_for(device)
         times.append(time.perf_counter() - start)
     return min(times) / calls
+
+
+def replayed_seconds(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    budget_seconds: float = 0.15,
+    most_repeats: int = 50,
+) -> float:
+    """Return the time that a GPU needs for a call, the fastest of several.
+
+    The call is recorded in a CUDA graph and replayed: what Python and PyTorch spend on launching
+    its kernels does not count. Its kernels are compiled and its libraries loaded before.
+
+    Args:
+        call: what to time; it must not wait for the GPU.
+        device: a GPU.
+        budget_seconds: stop after this time, but not before three repetitions.
+        most_repeats: stop after as many.
+    """
+    calls = 10
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+        return (
+            fastest_seconds(
+                graph.replay,
+                device,
+                budget_seconds=budget_seconds,
+                most_repeats=most_repeats,
+                batch=1,
+            )
+            / calls
+        )
 
 
 def _wait_for(device: torch.device) -> None:

@@ -5,8 +5,12 @@ process. The variable cannot be set for some tests only: kernels that torch comp
 other tests would be interpreted too.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from eanet.nn.external_attention import (
     ExternalAttention,
@@ -37,8 +41,15 @@ from tests.ops.attention.kernel_cases import (
 )
 
 CPU = torch.device("cpu")
-SMALL = launch.Tiling(
-    block_tokens=16, block_channels=16, block_slots=32, num_programs=6, num_warps=4
+_TILING = launch.Tiling(block_tokens=16, block_channels=16, num_warps=4)
+#: two parts for each pair in the forward pass, and several pairs a group
+SMALL = launch.Tilings(
+    attend=_TILING,
+    attention_gradient=_TILING,
+    operand_gradient=replace(_TILING, block_tokens=32),
+    num_programs=6,
+    most_splits=2,
+    least_group=3,
 )
 
 
@@ -69,12 +80,25 @@ def test_the_comparison_notices(name):
     ids=str,
 )
 def test_parts_add_up_to_the_whole(monkeypatch, case):
-    monkeypatch.setattr(launch, "choose_tiling", lambda *_, **__: SMALL)
+    monkeypatch.setattr(launch, "choose_tilings", lambda *_: SMALL)
     case = same_on_another_tiling(case)
     if case.residual:
         case = Case(**{**vars(case), "value_channels": case.channels})
-    assert launch._split_tokens(case.tokens, 2 * case.heads, SMALL)[0] > 1 or case.heads > 1
+    assert launch._split_tokens(case.tokens, 3, 16)[0] > 1
     check(case, CPU)
+
+
+@triton.jit
+def combine(
+    partial, statistics, num_pairs, num_slots, num_splits,
+    BLOCK_S: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Run what the last part of a pair runs."""
+    pair = tl.program_id(0)
+    largest, total = kernels._combine_parts(
+        partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
+    )
+    kernels._store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
 
 
 def test_more_parts_than_a_tile_holds():
@@ -85,7 +109,7 @@ def test_more_parts_than_a_tile_holds():
     total = 1 + torch.rand(num_pairs, num_splits, num_slots)
     total[largest == -torch.inf] = 0
     statistics = torch.empty(2, num_pairs, num_slots)
-    kernels.combine_statistics[(num_pairs,)](
+    combine[(num_pairs,)](
         torch.stack([largest, total]), statistics, num_pairs, num_slots, num_splits,
         BLOCK_S=16, BLOCK_SPLITS=2,
     )  # fmt: skip
@@ -223,15 +247,16 @@ def test_operators_pass_all_checks(case, dropout, without_shape_checks):
     leaves[2] = leaves[1] if leaves[2] is None else leaves[2]
     seed = torch.tensor([11]) if dropout else None
     options = (case.heads, case.norm, case.eps, dropout, False)
-    arguments = (*leaves, mask, seed, *options, dropout > 0)
+    arguments = (*leaves, mask, seed, *options, dropout > 0, dropout > 0)
     torch.library.opcheck(torch.ops.eanet.external_attention.default, arguments)
-    out, attention, statistics = torch.ops.eanet.external_attention.default(*arguments)
+    out, attention, *kept = torch.ops.eanet.external_attention.default(*arguments)
+    kept = [kept[0], attention, kept[1]] if dropout else [kept[0], None, None]
     x, key, value, key_bias, _ = (None if leaf is None else leaf.detach() for leaf in leaves)
     torch.library.opcheck(
         torch.ops.eanet.external_attention_backward.default,
         (
             out.detach(), attention.detach() if dropout else None, x, key, value, key_bias, mask,
-            seed, statistics.detach(), *options,
+            seed, *(None if tensor is None else tensor.detach() for tensor in kept), *options,
         ),
     )  # fmt: skip
 

@@ -76,6 +76,10 @@ CASES = [
     Case(eps=0.01),
     *both_norms(tied=True, value_channels=12, heads=4, batch=1),
     Case(biases=False),
+    # few slots beside the channels: the map is kept for the backward pass
+    *both_norms(slots=3),
+    *both_norms(slots=3, mask="sample empty", heads=4, dtype=torch.bfloat16),
+    Case(slots=5, channels=40, tokens=300, scale=25.0, dtype=torch.float16, layout="tokens last"),
     *both_norms(residual=True, value_channels=12, heads=4, batch=1, mask="padded"),
     Case(residual=True, value_channels=12, layout="tokens last", dtype=torch.bfloat16),
 ]

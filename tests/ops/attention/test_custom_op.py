@@ -78,8 +78,8 @@ def test_shapes_on_the_meta_device(norm):
 def test_the_map_is_not_allocated_unless_wanted():
     x, key = torch.empty(2, 9, 4, device="meta"), torch.empty(5, 4, device="meta")
     for wanted, size in ((False, 0), (True, 2 * 9 * 5)):
-        options = (1, "double", 1e-9, 0.0, False, wanted)
-        _, attention, _ = torch.ops.eanet.external_attention.default(
+        options = (1, "double", 1e-9, 0.0, False, wanted, False)
+        _, attention, _, _ = torch.ops.eanet.external_attention.default(
             x, key, key, None, None, None, None, *options
         )
         assert attention.numel() == size

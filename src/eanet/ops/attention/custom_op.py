@@ -101,14 +101,21 @@ def _forward(
     dropout: float,
     residual: bool,
     with_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return result, attention (empty unless wanted) and statistics for the backward pass."""
+    with_denominator: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the result, and for the backward pass attention, statistics and denominator.
+
+    Those that are not wanted, or do not exist under the norm, are empty.
+    """
     launch = _launch_for(x)
-    out, attention, statistics = _allocate(
-        x, memory_key, memory_value, num_heads, norm, with_attention
+    outputs = _allocate(
+        x, memory_key, memory_value, num_heads, norm, with_attention, with_denominator
     )
+    out, attention, statistics, denominator = outputs
     if x.numel() == 0 or out.numel() == 0:
-        return out, attention.zero_(), statistics.zero_()
+        for output in outputs[1:]:
+            output.zero_()
+        return outputs
     found = launch.forward(
         x,
         memory_key,
@@ -120,8 +127,9 @@ def _forward(
         launch.Problem(num_heads, norm, eps, dropout, residual),
         out=out,
         attention=attention if with_attention else None,
+        denominator=denominator if denominator.numel() else None,
     )
-    return out, attention, statistics if found is None else found
+    return out, attention, statistics if found is None else found, denominator
 
 
 def _allocate(
@@ -131,17 +139,21 @@ def _allocate(
     num_heads: int,
     norm: str,
     with_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_denominator: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the outputs of the forward operator."""
     batch, num_tokens, _ = x.shape
     num_slots = memory_key.shape[0]
     out = _new_tokens(x, num_heads * memory_value.shape[1])
     attention_shape = (batch, num_heads, num_tokens, num_slots) if with_attention else (0,)
-    statistics_shape = (2, batch * num_heads, num_slots) if norm == "double" else (0,)
+    double = norm == "double"
+    statistics_shape = (2, batch * num_heads, num_slots) if double else (0,)
+    denominator_shape = attention_shape[:3] if double and with_denominator else (0,)
     return (
         out,
         x.new_empty(attention_shape),
         x.new_empty(statistics_shape, dtype=torch.float32),
+        x.new_empty(denominator_shape, dtype=torch.float32),
     )
 
 
@@ -160,8 +172,9 @@ def _(
     dropout: float,
     residual: bool,
     with_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(x, memory_key, memory_value, num_heads, norm, with_attention)
+    with_denominator: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _allocate(x, memory_key, memory_value, num_heads, norm, with_attention, with_denominator)
 
 
 @torch.library.custom_op("eanet::external_attention_backward", mutates_args=())
@@ -175,20 +188,25 @@ def _backward(
     mask: Tensor | None,
     seed: Tensor | None,
     statistics: Tensor,
+    attention: Tensor | None,
+    denominator: Tensor | None,
     num_heads: int,
     norm: str,
     eps: float,
     dropout: float,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x (in its type), and in float32 of memories and biases."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of x, in its type, and in float32 those that are sums over tokens.
+
+    They are those of both memories and of the value bias side by side, and of the key bias.
+    """
     launch = _launch_for(x)
     gradients = _allocate_gradients(x, memory_key, memory_value)
     if x.numel() == 0 or grad_out.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    found = launch.backward(
+    sums, key_bias = launch.backward(
         grad_out,
         grad_attention,
         x,
@@ -199,23 +217,21 @@ def _backward(
         seed,
         statistics if norm == "double" else None,
         launch.Problem(num_heads, norm, eps, dropout, residual),
+        kept=None if attention is None or denominator is None else (attention, denominator),
         grad_x=gradients[0],
     )
-    return found.x, found.memory_key, found.memory_value, found.key_bias, found.value_bias
+    return gradients[0], sums, key_bias
 
 
 def _allocate_gradients(
     x: Tensor, memory_key: Tensor, memory_value: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the outputs of the backward operator."""
-    num_slots, num_channels = memory_key.shape
-    num_value_channels = memory_value.shape[1]
+    num_sums = memory_key.numel() + memory_value.numel() + memory_value.shape[1]
     return (
         _new_tokens(x, x.shape[2]),
-        x.new_empty((num_slots, num_channels), dtype=torch.float32),
-        x.new_empty((num_slots, num_value_channels), dtype=torch.float32),
-        x.new_empty((num_slots,), dtype=torch.float32),
-        x.new_empty((num_value_channels,), dtype=torch.float32),
+        x.new_empty((num_sums,), dtype=torch.float32),
+        x.new_empty(memory_key.shape[:1], dtype=torch.float32),
     )
 
 
@@ -230,29 +246,33 @@ def _(
     mask: Tensor | None,
     seed: Tensor | None,
     statistics: Tensor,
+    attention: Tensor | None,
+    denominator: Tensor | None,
     num_heads: int,
     norm: str,
     eps: float,
     dropout: float,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate_gradients(x, memory_key, memory_value)
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    """Keep the operands and the statistics: nothing of the size of the attention."""
+    """Keep the operands and the statistics, and where it is small the attention."""
     ctx.options = inputs[7:12]  # heads, norm, eps, dropout, residual
-    ctx.save_for_backward(*inputs[:7], output[2])
+    _, attention, statistics, denominator = output
+    kept = (attention, denominator) if inputs[13] else (None, None)
+    ctx.save_for_backward(*inputs[:7], statistics, *kept)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(
-    ctx: Any, grad_out: Tensor | None, grad_attention: Tensor | None, _: Tensor | None
+    ctx: Any, grad_out: Tensor | None, grad_attention: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return one gradient for each argument of the forward operator."""
-    x, memory_key, memory_value, key_bias, value_bias, mask, seed, statistics = ctx.saved_tensors
+    x, memory_key, memory_value, key_bias, value_bias, mask, seed, *kept = ctx.saved_tensors
     num_heads = ctx.options[0]
     if torch.is_grad_enabled():  # second derivatives are wanted
         return _differentiate_twice(ctx, grad_out, grad_attention)
@@ -260,23 +280,29 @@ def _differentiate(
         grad_out = x.new_zeros((*x.shape[:2], num_heads * memory_value.shape[1]))
     if grad_attention is not None and grad_attention.numel() == 0:
         grad_attention = None
-    found = _backward(
-        grad_out, grad_attention, x, memory_key, memory_value, key_bias, mask, seed, statistics,
+    grad_x, sums, grad_key_bias = _backward(
+        grad_out, grad_attention, x, memory_key, memory_value, key_bias, mask, seed, *kept,
         *ctx.options,
     )  # fmt: skip
+    shapes = (memory_key.shape, memory_value.shape, memory_value.shape[1:])
+    parts = torch.split(sums, [shape.numel() for shape in shapes])
+    grad_key, grad_value, grad_value_bias = (
+        part.view(shape) for part, shape in zip(parts, shapes, strict=True)
+    )
     operands = (x, memory_key, memory_value, key_bias, value_bias)
+    found = (grad_x, grad_key, grad_value, grad_key_bias, grad_value_bias)
     gradients = [
         None if operand is None else gradient.to(operand.dtype)
         for operand, gradient in zip(operands, found, strict=True)
     ]
-    return (*gradients, *(None for _ in range(8)))
+    return (*gradients, *(None for _ in range(9)))
 
 
 def _differentiate_twice(
     ctx: Any, grad_out: Tensor | None, grad_attention: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients, by way of the eager form."""
-    x, memory_key, memory_value, key_bias, value_bias, mask, _, _ = ctx.saved_tensors
+    x, memory_key, memory_value, key_bias, value_bias, mask, *_ = ctx.saved_tensors
     num_heads, norm, eps, dropout, residual = ctx.options
     if dropout > 0:
         raise ValueError("attention_dropout has no second derivative here; use backend='eager'")
@@ -301,12 +327,19 @@ def _differentiate_twice(
         next(found) if operand is not None and operand.requires_grad else None
         for operand in operands
     ]
-    return (*gradients, *(None for _ in range(8)))
+    return (*gradients, *(None for _ in range(9)))
 
 
 _forward.register_autograd(  # pyright: ignore[reportUnknownMemberType]
     _differentiate, setup_context=_setup_context
 )
+
+
+def _needs_gradient(*operands: Tensor | None) -> bool:
+    """Tell whether a backward pass can follow."""
+    return torch.is_grad_enabled() and any(
+        operand is not None and operand.requires_grad for operand in operands
+    )
 
 
 def fused_external_attention(
@@ -327,8 +360,9 @@ def fused_external_attention(
 ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch heads tokens slots"] | None]:
     """Compute external attention (Eq. 5-14, arXiv 2105.02358) with all that the kernels fuse.
 
-    The attention map does not exist in memory unless it is asked for, nor is it kept for the
-    backward pass. Second derivatives go by way of the eager form; with dropout there are none.
+    The attention map does not exist in memory unless it is asked for, or a backward pass follows
+    and it takes at most a quarter of the memory of x. Second derivatives go by way of the eager
+    form; with dropout there are none.
 
     Args:
         x: tokens, any strides; the result has tokens or channels innermost as x has.
@@ -363,7 +397,11 @@ def fused_external_attention(
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    out, attention, _ = _forward(
+    # the map spares the backward pass a reading of x, where it is small beside x
+    keeps = memory_key.shape[0] * 4 <= memory_key.shape[1] and _needs_gradient(
+        x, memory_key, values, memory_key_bias, memory_value_bias
+    )
+    out, attention, _, _ = _forward(
         x,
         memory_key,
         values,
@@ -376,7 +414,8 @@ def fused_external_attention(
         eps,
         attention_dropout,
         residual,
-        return_attention,
+        return_attention or keeps,
+        keeps,
     )
     return out, attention if return_attention else None
 

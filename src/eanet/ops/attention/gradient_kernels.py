@@ -5,7 +5,7 @@
 
 Two passes over x and the gradient of the result::
 
-    1  attention_gradient logits again, A and w = A * (dA - <A, dA>), and the sum of w over tokens
+    1  attention_gradient A and w = A * (dA - <A, dA>), and the sum of w over the tokens
     2  operand_gradient   dz = w - P * sum(w); gradients of x, and of the memories for a part
 """
 
@@ -38,8 +38,8 @@ def attention_gradient(
     mask,  # (B, N) or None
     seed,  # (1) or None
     statistics,  # (2, B * H, S) or None
-    attention_out,  # (B * H, N, S)
-    denominator_out,  # (B * H, N)
+    attention,  # (B * H, N, S); read where KEPT, else written, as denominator
+    denominator,  # (B * H, N)
     weighted_out,  # (B * H, N, S)
     partial_weighted,  # (B * H, num_splits, S)
     num_pairs,
@@ -62,8 +62,12 @@ def attention_gradient(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DOUBLE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """Compute A and w = A * (dA - <A, dA>) in a part of the tokens, and the sum of w per slot."""
+    """Compute w = A * (dA - <A, dA>) in a part of the tokens, and the sum of w per slot.
+
+    A is what the forward pass kept, or is computed from x once more.
+    """
     program = tl.program_id(0).to(tl.int64)
     pair = program // num_splits
     split = program % num_splits
@@ -73,38 +77,45 @@ def attention_gradient(
     grad_rows = grad_out + sample * stride_gb + head * num_value_channels * stride_gc
     slots = tl.arange(0, BLOCK_S)
     total = tl.zeros([BLOCK_S], dtype=tl.float32)
+    largest = total
+    sums = total
+    if DOUBLE and not KEPT:
+        largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
+        sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, num_tokens)
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
         valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-        logits = _tile_product(
-            rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots, num_channels,
-            BLOCK_N, BLOCK_S, BLOCK_C,
-        )  # fmt: skip
-        attention, denominator = _normalize(
-            logits, valid, key_bias, statistics, pair, num_pairs, num_slots, log_eps,
-            BLOCK_S, DOUBLE,
-        )  # fmt: skip
+        position = (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :]
+        inside = (tokens < last)[:, None] & (slots < num_slots)[None, :]
+        if KEPT:
+            weights = tl.load(attention + position, mask=inside, other=0.0).to(tl.float32)
+        else:
+            logits = _tile_product(
+                rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots, num_channels,
+                BLOCK_N, BLOCK_S, BLOCK_C,
+            )  # fmt: skip
+            weights, divisor = _normalize(
+                logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
+            )
+            tl.store(attention + position, weights, mask=inside)
+            if DOUBLE:
+                tl.store(denominator + pair * num_tokens + tokens, divisor, mask=tokens < last)
         gradient = _tile_product(
             grad_rows, memory_value, tokens, valid, stride_gn, stride_gc, num_slots,
             num_value_channels, BLOCK_N, BLOCK_S, BLOCK_C,
         )  # fmt: skip
         if seed is not None:
             gradient *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
-        position = (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :]
-        inside = (tokens < last)[:, None] & (slots < num_slots)[None, :]
         if grad_attention is not None:
             gradient += tl.load(
                 grad_attention + position, mask=inside & valid[:, None], other=0.0
             ).to(tl.float32)
-        mean = tl.sum(attention * gradient, axis=1)
-        weighted = attention * (gradient - mean[:, None])
+        mean = tl.sum(weights * gradient, axis=1)
+        weighted = weights * (gradient - mean[:, None])
         total += tl.sum(weighted, axis=0)
-        tl.store(attention_out + position, attention, mask=inside)
         tl.store(weighted_out + position, weighted, mask=inside)
-        if DOUBLE:
-            tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=tokens < last)
     position = (pair * num_splits + split) * num_slots + slots
     tl.store(partial_weighted + position, total, mask=slots < num_slots)
 
@@ -128,7 +139,7 @@ def _load_slot_tiles(
     in_range = tokens < num_tokens
     inside = in_range[:, None] & (slots < num_slots)[None, :]
     position = (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :]
-    weights = tl.load(attention + position, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_S]
+    weights = tl.load(attention + position, mask=inside, other=0.0).to(tl.float32)
     grad_logits = tl.load(weighted + position, mask=inside, other=0.0)
     if DOUBLE:
         scale = tl.load(denominator + pair * num_tokens + tokens, mask=in_range, other=0.0)
@@ -162,9 +173,10 @@ def operand_gradient(
     weighted,  # (B * H, N, S)
     weighted_sum,  # (B * H, S)
     grad_x,  # (B, N, H * C), any strides
-    partial_key,  # (num_programs, S, C)
+    partial_key,  # (num_programs, S, C), each program's entries side by side, as the next two
     partial_value,  # (num_programs, S, V)
     partial_bias,  # (num_programs, V)
+    stride_program,
     num_heads,
     num_tokens,
     num_slots,
@@ -260,15 +272,15 @@ def operand_gradient(
             grad_tokens.to(grad_x.dtype.element_ty),
             mask=in_range[:, None] & key_exists[None, :],
         )  # fmt: skip
-    row = program * num_slots + slots[:, None]
+    offset = program * stride_program
     tl.store(
-        partial_key + row * num_channels + channels[None, :],
+        partial_key + offset + slots[:, None] * num_channels + channels[None, :],
         key_total,
         mask=slot_exists[:, None] & key_exists[None, :],
     )
     tl.store(
-        partial_value + row * num_value_channels + channels[None, :],
+        partial_value + offset + slots[:, None] * num_value_channels + channels[None, :],
         value_total,
         mask=slot_exists[:, None] & value_exists[None, :],
     )
-    tl.store(partial_bias + program * num_value_channels + channels, bias_total, mask=value_exists)
+    tl.store(partial_bias + offset + channels, bias_total, mask=value_exists)

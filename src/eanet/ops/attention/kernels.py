@@ -9,11 +9,11 @@ normalized, summed over tokens or kept between passes is float32, whatever the t
 
 Forward, two passes over x::
 
-    1  token_statistics   largest logit and sum of exponentials per slot, for a part of the tokens
-       combine_statistics one result from the parts
-    2  mix                logits again, normalize over the slots, times M_v, bias, mask, residual
+    1  largest logit and sum of exponentials per slot, over the tokens
+    2  logits again, normalize over the slots, times M_v, bias, mask, residual
 
-The backward pass is in ``gradient_kernels.py``.
+``attend_in_order`` does both in one launch; ``attend`` serves where the first is not needed, or a
+pair is a single block of tokens. The backward pass is in ``gradient_kernels.py``.
 
 Sums over tokens are taken in parts, one for each program, and added afterwards in a fixed order.
 There are no atomic additions, so a result repeats to the bit on the same device and shape.
@@ -27,7 +27,7 @@ from typing import Final, no_type_check
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "combine_statistics", "mix", "token_statistics"]
+__all__ = ["INTERPRETED", "attend", "attend_in_order"]
 
 
 @triton.jit
@@ -105,9 +105,8 @@ def _normalize(
     logits,  # [BLOCK_N, BLOCK_S]
     valid,  # [BLOCK_N]
     key_bias,
-    statistics,
-    pair,
-    num_pairs,
+    largest,  # [BLOCK_S]; read under DOUBLE alone, as sums
+    sums,  # [BLOCK_S]
     num_slots,
     log_eps,
     BLOCK_S: tl.constexpr,
@@ -120,7 +119,6 @@ def _normalize(
     """
     slots = tl.arange(0, BLOCK_S)
     if DOUBLE:
-        largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
         logits = logits - largest[None, :]
     elif key_bias is not None:
         logits = logits + _load_slots(key_bias, num_slots, 0.0, BLOCK_S)[None, :]
@@ -130,7 +128,6 @@ def _normalize(
         offset = tl.maximum(offset, log_eps)
     weights = tl.exp(logits - offset[:, None])
     if DOUBLE:
-        sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
         weights /= sums[None, :]
     total = tl.sum(weights, axis=1)
     denominator = total
@@ -159,69 +156,59 @@ def _dropout_factors(seed, pair, tokens, dropout, BLOCK_N: tl.constexpr, BLOCK_S
 
 @triton.jit
 @no_type_check
-def token_statistics(
-    x,  # (B, N, H * C), any strides
-    memory_key,  # (S, C)
-    mask,  # (B, N) or None
-    partial,  # (2, B * H, num_splits, S): largest logit, sum of exponentials
-    num_pairs,
-    num_heads,
-    num_tokens,
-    num_slots,
-    num_channels,
-    stride_b,
-    stride_n,
-    stride_c,
-    num_splits,
-    tokens_per_split,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Find the largest logit and the sum of exponentials of each slot in a part of the tokens."""
-    program = tl.program_id(0).to(tl.int64)
-    pair = program // num_splits
-    split = program % num_splits
-    sample = pair // num_heads
-    rows = x + sample * stride_b + (pair % num_heads) * num_channels * stride_c
-    slots = tl.arange(0, BLOCK_S)
-    largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_S], dtype=tl.float32)
-    first = split * tokens_per_split
-    last = tl.minimum(first + tokens_per_split, num_tokens)
-    for start in range(first, last, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-        logits = _tile_product(
-            rows, memory_key, tokens, valid, stride_n, stride_c, num_slots, num_channels,
-            BLOCK_N, BLOCK_S, BLOCK_C,
-        )  # fmt: skip
-        logits = tl.where(valid[:, None], logits, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, axis=0))
-        # where no token was valid yet, -inf - -inf would be no number
-        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        exponentials = tl.exp(logits - reference[None, :])
-        total = total * tl.exp(largest - reference) + tl.sum(exponentials, axis=0)
-        largest = new_largest
-    exists = slots < num_slots
-    position = (pair * num_splits + split) * num_slots + slots
-    tl.store(partial + position, largest, mask=exists)
-    tl.store(partial + num_pairs * num_splits * num_slots + position, total, mask=exists)
+def _join_statistics(largest, total, other_largest, other_total):
+    """Join the largest logit and the sum of exponentials of two sets of tokens.
+
+    A set without valid tokens has -inf and 0, and changes nothing.
+    """
+    joined = tl.maximum(largest, other_largest)
+    # where neither has a token, -inf - -inf would be no number
+    reference = tl.where(joined == float("-inf"), 0.0, joined)
+    total = total * tl.exp(largest - reference) + other_total * tl.exp(other_largest - reference)
+    return joined, total
 
 
 @triton.jit
 @no_type_check
-def combine_statistics(
-    partial,  # (2, B * H, num_splits, S)
-    statistics,  # (2, B * H, S): largest logit, sum of exponentials
+def _tile_statistics(logits, valid):
+    """Return the largest logit and the sum of exponentials of a tile per slot, [BLOCK_S] each."""
+    logits = tl.where(valid[:, None], logits, float("-inf"))
+    largest = tl.max(logits, axis=0)
+    reference = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest, tl.sum(tl.exp(logits - reference[None, :]), axis=0)
+
+
+@triton.jit
+@no_type_check
+def _finish_statistics(largest, total):
+    """Give zeros to a pair without valid tokens; the sum of another is at least 1 already."""
+    return tl.where(largest == float("-inf"), 0.0, largest), tl.maximum(total, 1.0)
+
+
+@triton.jit
+@no_type_check
+def _store_statistics(
+    statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S: tl.constexpr
+):
+    """Store the statistics of a pair in (2, num_pairs, S)."""
+    slots = tl.arange(0, BLOCK_S)
+    exists = slots < num_slots
+    tl.store(statistics + pair * num_slots + slots, largest, mask=exists)
+    tl.store(statistics + (num_pairs + pair) * num_slots + slots, total, mask=exists)
+
+
+@triton.jit
+@no_type_check
+def _combine_parts(
+    partial,  # (2, B * H * num_splits, S)
+    pair,
     num_pairs,
     num_slots,
     num_splits,
     BLOCK_S: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Join the statistics of the parts; a pair without valid tokens gets zeros."""
-    pair = tl.program_id(0).to(tl.int64)
+    """Join the statistics of all parts of a pair, in the same order whoever does it."""
     slots = tl.arange(0, BLOCK_S)
     slot_exists = slots < num_slots
     partial_sums = partial + num_pairs * num_splits * num_slots
@@ -231,46 +218,45 @@ def combine_statistics(
         splits = first + tl.arange(0, BLOCK_SPLITS)
         exists = (splits < num_splits)[:, None] & slot_exists[None, :]
         position = (pair * num_splits + splits[:, None]) * num_slots + slots[None, :]
-        tile_largest = tl.load(partial + position, mask=exists, other=float("-inf"))
-        tile_total = tl.load(partial_sums + position, mask=exists, other=0.0)
-        new_largest = tl.maximum(largest, tl.max(tile_largest, axis=0))
-        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        tile_total *= tl.exp(tile_largest - reference[None, :])
-        total = total * tl.exp(largest - reference) + tl.sum(tile_total, axis=0)
-        largest = new_largest
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    # the largest exponential is 1, so only a pair without valid tokens is changed by this
-    total = tl.maximum(total, 1.0)
-    tl.store(statistics + pair * num_slots + slots, largest, mask=slots < num_slots)
-    tl.store(statistics + (num_pairs + pair) * num_slots + slots, total, mask=slots < num_slots)
+        # written by other programs of this launch: not to be read from the cache of this one
+        tile_largest = tl.load(
+            partial + position, mask=exists, other=float("-inf"), cache_modifier=".cg"
+        )
+        tile_total = tl.load(partial_sums + position, mask=exists, other=0.0, cache_modifier=".cg")
+        block_largest = tl.max(tile_largest, axis=0)
+        reference = tl.where(block_largest == float("-inf"), 0.0, block_largest)
+        block_total = tl.sum(tile_total * tl.exp(tile_largest - reference[None, :]), axis=0)
+        largest, total = _join_statistics(largest, total, block_largest, block_total)
+    return _finish_statistics(largest, total)
 
 
 @triton.jit
 @no_type_check
-def mix(
-    x,  # (B, N, H * C), any strides
-    memory_key,  # (S, C)
-    memory_value,  # (S, V)
-    key_bias,  # (S) or None
-    value_bias,  # (V) or None
-    mask,  # (B, N) or None
-    seed,  # (1) or None
-    statistics,  # (2, B * H, S) or None
-    out,  # (B, N, H * V), any strides
-    attention_out,  # (B, H, N, S) or None
-    num_pairs,
+def _mix_values(
+    logits,  # [BLOCK_N, BLOCK_S]
+    largest,  # [BLOCK_S]; read under DOUBLE alone, as sums
+    sums,  # [BLOCK_S]
+    valid,  # [BLOCK_N]
+    tokens,  # [BLOCK_N]
+    rows,  # pointer to the first token of the pair in x
+    memory_value,
+    key_bias,
+    value_bias,
+    seed,
+    out,
+    attention_out,
+    denominator_out,
+    pair,
     num_heads,
     num_tokens,
+    last,
     num_slots,
-    num_channels,
     num_value_channels,
-    stride_xb,
     stride_xn,
     stride_xc,
     stride_ob,
     stride_on,
     stride_oc,
-    num_blocks,
     log_eps,
     dropout,
     BLOCK_N: tl.constexpr,
@@ -279,23 +265,14 @@ def mix(
     DOUBLE: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Normalize the logits of a block of tokens and mix the memory values."""
-    program = tl.program_id(0).to(tl.int64)
-    pair = program // num_blocks
-    sample = pair // num_heads
-    head = pair % num_heads
+    """Normalize the logits of a block of tokens and mix the memory values into the result."""
     slots = tl.arange(0, BLOCK_S)
-    tokens = (program % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    in_range = tokens < num_tokens
-    valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
-    rows = x + sample * stride_xb + head * num_channels * stride_xc
-    logits = _tile_product(
-        rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots, num_channels,
-        BLOCK_N, BLOCK_S, BLOCK_C,
-    )  # fmt: skip
-    attention, _ = _normalize(
-        logits, valid, key_bias, statistics, pair, num_pairs, num_slots, log_eps, BLOCK_S, DOUBLE
+    in_range = tokens < last
+    attention, denominator = _normalize(
+        logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
     )
+    if denominator_out is not None:
+        tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=in_range)
     if attention_out is not None:
         tl.store(
             attention_out + (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :],
@@ -305,7 +282,9 @@ def mix(
     if seed is not None:
         attention *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
     weights = attention.to(memory_value.dtype.element_ty)
-    out_rows = out + sample * stride_ob + head * num_value_channels * stride_oc
+    out_rows = (
+        out + (pair // num_heads) * stride_ob + (pair % num_heads) * num_value_channels * stride_oc
+    )
     for first in range(0, num_value_channels, BLOCK_C):
         channels = first + tl.arange(0, BLOCK_C)
         exists = channels < num_value_channels
@@ -328,3 +307,174 @@ def mix(
             mixed.to(out.dtype.element_ty),
             mask=inside,
         )
+
+
+@triton.jit
+@no_type_check
+def attend(
+    x,  # (B, N, H * C), any strides
+    memory_key,  # (S, C)
+    memory_value,  # (S, V)
+    key_bias,  # (S) or None
+    value_bias,  # (V) or None
+    mask,  # (B, N) or None
+    seed,  # (1) or None
+    statistics,  # (2, B * H, S) or None: largest logit, sum of exponentials
+    out,  # (B, N, H * V), any strides
+    attention_out,  # (B, H, N, S) or None
+    denominator_out,  # (B, H, N) or None
+    num_pairs,
+    num_heads,
+    num_tokens,
+    num_slots,
+    num_channels,
+    num_value_channels,
+    stride_xb,
+    stride_xn,
+    stride_xc,
+    stride_ob,
+    stride_on,
+    stride_oc,
+    num_blocks,
+    log_eps,
+    dropout,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Attend from a block of tokens that needs no other: "softmax", or a pair of a single block."""
+    program = tl.program_id(0).to(tl.int64)
+    pair = program // num_blocks
+    sample = pair // num_heads
+    tokens = (program % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
+    rows = x + sample * stride_xb + (pair % num_heads) * num_channels * stride_xc
+    logits = _tile_product(
+        rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots, num_channels,
+        BLOCK_N, BLOCK_S, BLOCK_C,
+    )  # fmt: skip
+    largest = tl.zeros([BLOCK_S], dtype=tl.float32)
+    sums = largest + 1.0
+    if DOUBLE:
+        largest, sums = _tile_statistics(logits, valid)
+        largest, sums = _finish_statistics(largest, sums)
+        _store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
+    _mix_values(
+        logits, largest, sums, valid, tokens, rows, memory_value, key_bias, value_bias, seed,
+        out, attention_out, denominator_out, pair, num_heads, num_tokens, num_tokens, num_slots,
+        num_value_channels, stride_xn, stride_xc, stride_ob, stride_on, stride_oc, log_eps, dropout,
+        BLOCK_N, BLOCK_S, BLOCK_C, DOUBLE, RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def attend_in_order(
+    x,  # (B, N, H * C), any strides
+    memory_key,  # (S, C)
+    memory_value,  # (S, V)
+    value_bias,  # (V) or None
+    mask,  # (B, N) or None
+    seed,  # (1) or None
+    partial,  # (2, B * H * num_splits, S): largest logit, sum of exponentials
+    statistics,  # (2, B * H, S): the same of all tokens
+    progress,  # (1 + 2 * B * H) zeros: tickets given out; of each pair, parts done; pairs done
+    out,  # (B, N, H * V), any strides
+    attention_out,  # (B, H, N, S) or None
+    denominator_out,  # (B, H, N) or None
+    num_pairs,
+    num_heads,
+    num_tokens,
+    num_slots,
+    num_channels,
+    num_value_channels,
+    stride_xb,
+    stride_xn,
+    stride_xc,
+    stride_ob,
+    stride_on,
+    stride_oc,
+    num_splits,
+    tokens_per_split,
+    pairs_per_group,
+    num_groups,
+    log_eps,
+    dropout,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Attend with the double normalization: both passes over x in one launch.
+
+    A program draws a ticket and does one part of one pass. Tickets run through groups of pairs,
+
+        statistics of group 0, of group 1, mix group 0, statistics of group 2, mix group 1, ...
+
+    so the second pass over a group follows the first while its tokens are still in the cache of
+    the device: they come from memory once. To mix, a program waits for the statistics of its pair.
+    Those belong to earlier tickets, drawn by programs that run and do not wait, so the wait ends.
+    """
+    ticket = tl.atomic_add(progress, 1, sem="relaxed").to(tl.int64)
+    group_size = pairs_per_group * num_splits
+    phase = ticket // group_size
+    final = phase == 2 * num_groups - 1
+    mixes = final | ((phase > 0) & (phase % 2 == 0))
+    group = tl.where(mixes, phase // 2 - 1, (phase + 1) // 2)
+    group = tl.where(final, num_groups - 1, group)
+    place = ticket % group_size
+    pair = group * pairs_per_group + place // num_splits
+    split = place % num_splits
+    if pair < num_pairs:
+        sample = pair // num_heads
+        rows = x + sample * stride_xb + (pair % num_heads) * num_channels * stride_xc
+        first = split * tokens_per_split
+        last = tl.minimum(first + tokens_per_split, num_tokens)
+        parts_done = progress + 1 + pair
+        pair_done = parts_done + num_pairs
+        if mixes:
+            while tl.atomic_add(pair_done, 0, sem="acquire") == 0:
+                pass
+            largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
+            sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
+            for start in range(first, last, BLOCK_N):
+                tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+                valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
+                logits = _tile_product(
+                    rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots,
+                    num_channels, BLOCK_N, BLOCK_S, BLOCK_C,
+                )  # fmt: skip
+                _mix_values(
+                    logits, largest, sums, valid, tokens, rows, memory_value, None, value_bias,
+                    seed, out, attention_out, denominator_out, pair, num_heads, num_tokens, last,
+                    num_slots, num_value_channels, stride_xn, stride_xc, stride_ob, stride_on,
+                    stride_oc, log_eps, dropout, BLOCK_N, BLOCK_S, BLOCK_C, True, RESIDUAL,
+                )  # fmt: skip
+        else:
+            largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([BLOCK_S], dtype=tl.float32)
+            for start in range(first, last, BLOCK_N):
+                tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+                valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
+                logits = _tile_product(
+                    rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots,
+                    num_channels, BLOCK_N, BLOCK_S, BLOCK_C,
+                )  # fmt: skip
+                tile_largest, tile_total = _tile_statistics(logits, valid)
+                largest, total = _join_statistics(largest, total, tile_largest, tile_total)
+            _store_statistics(
+                partial, largest, total, pair * num_splits + split, num_pairs * num_splits,
+                num_slots, BLOCK_S,
+            )  # fmt: skip
+            # all threads have written before one of them says so
+            tl.debug_barrier()
+            if tl.atomic_add(parts_done, 1, sem="acq_rel") == num_splits - 1:
+                largest, total = _combine_parts(
+                    partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
+                )
+                _store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
+                tl.debug_barrier()
+                tl.atomic_add(pair_done, 1, sem="release")

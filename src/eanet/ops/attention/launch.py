@@ -14,7 +14,15 @@ from torch import Tensor
 from eanet.ops.attention import gradient_kernels as _gradient_kernels
 from eanet.ops.attention import kernels as _kernels
 
-__all__ = ["MAX_SLOTS", "Gradients", "Problem", "Tiling", "backward", "choose_tiling", "forward"]
+__all__ = [
+    "MAX_SLOTS",
+    "Problem",
+    "Tiling",
+    "Tilings",
+    "backward",
+    "choose_tilings",
+    "forward",
+]
 
 # a kernel's signature is not the one it is launched with
 kernels: Final[Any] = _kernels
@@ -47,21 +55,40 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How work is cut into tiles and programs.
+    """How the work of one kernel is cut into tiles and programs.
 
     Attributes:
         block_tokens: tokens of a tile; a power of two from 16.
         block_channels: channels of a tile; a power of two from 16.
-        block_slots: slots of a tile, which holds them all; a power of two from 16.
-        num_programs: about how many programs share a sum over tokens.
         num_warps: warps of a program.
+        num_stages: tiles that are on their way from memory while one is multiplied, and that one.
     """
 
     block_tokens: int
     block_channels: int
-    block_slots: int
-    num_programs: int
     num_warps: int
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Tilings:
+    """A tiling for each kernel, and into how many parts sums over the tokens are cut.
+
+    Attributes:
+        attend: of the forward kernels.
+        attention_gradient: of the first kernel backward.
+        operand_gradient: of the second.
+        num_programs: about how many programs share a sum over tokens in the backward pass.
+        most_splits: in how many parts the tokens of a pair are cut at most in the forward pass.
+        least_group: parts that one pass covers before the other takes its turn, at least.
+    """
+
+    attend: Tiling
+    attention_gradient: Tiling
+    operand_gradient: Tiling
+    num_programs: int
+    most_splits: int = 512
+    least_group: int = 1
 
 
 def _power_of_two(number: int, smallest: int, largest: int) -> int:
@@ -69,14 +96,8 @@ def _power_of_two(number: int, smallest: int, largest: int) -> int:
     return max(smallest, min(largest, triton.next_power_of_2(max(number, 1))))
 
 
-def choose_tiling(x: Tensor, num_slots: int, num_channels: int, *, backward: bool) -> Tiling:
-    """Choose tiles that fit into registers, and enough programs to fill the device.
-
-    Args:
-        x: tokens (batch, tokens, channels).
-        num_slots: S.
-        num_channels: the wider of key and value channels of a head.
-        backward: for the backward pass, which holds two tiles over tokens and slots.
+def _block_slots(num_slots: int) -> int:
+    """Return the slots of a tile, which holds them all.
 
     Raises:
         ValueError: more than 256 slots.
@@ -85,71 +106,75 @@ def choose_tiling(x: Tensor, num_slots: int, num_channels: int, *, backward: boo
         raise ValueError(
             f"backend 'triton' takes up to {MAX_SLOTS} slots, got {num_slots}; use backend='eager'"
         )
-    block_slots = _power_of_two(num_slots, 16, MAX_SLOTS)
-    tile_entries = 4096 if backward else 8192
+    return _power_of_two(num_slots, 16, MAX_SLOTS)
+
+
+def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
+    """Choose tiles that fit into registers, and enough programs to fill the device.
+
+    Args:
+        x: tokens (batch, tokens, channels).
+        num_slots: S.
+        num_channels: the wider of key and value channels of a head.
+
+    Raises:
+        ValueError: more than 256 slots.
+    """
+    block_slots = _block_slots(num_slots)
     widest = 64
+    factor = 1
     if x.dtype == torch.float32:  # no tensor cores: tiles are held in registers
-        tile_entries, widest = tile_entries // 2, 32
+        factor, widest = 2, 32
     if block_slots == MAX_SLOTS:
         widest //= 2
-    block_tokens = _power_of_two(x.shape[1], 16, max(16, min(128, tile_entries // block_slots)))
+
+    def tiling(tile_entries: int, warps_from: int, *, one_block: bool = False) -> Tiling:
+        most = max(16, min(128, tile_entries // factor // block_slots))
+        if one_block:
+            most = 256
+        block_tokens = _power_of_two(x.shape[1], 16, most)
+        return Tiling(
+            block_tokens=block_tokens,
+            block_channels=_power_of_two(num_channels, 16, widest),
+            num_warps=8 if block_tokens * block_slots >= warps_from else 4,
+        )
+
     multiprocessors = 1
     if x.is_cuda:
         properties = cast("Any", torch.cuda.get_device_properties)(x.device)
         multiprocessors = int(properties.multi_processor_count)
-    return Tiling(
-        block_tokens=block_tokens,
-        block_channels=_power_of_two(num_channels, 16, widest),
-        block_slots=block_slots,
+    backward = tiling(4096, 2048)
+    return Tilings(
+        # a pair of one block needs no second pass
+        attend=tiling(8192, 8192, one_block=block_slots <= 64 and x.shape[1] <= 256),
+        attention_gradient=backward,
+        operand_gradient=backward,
         num_programs=4 * multiprocessors,
-        num_warps=8 if block_tokens * block_slots >= (2048 if backward else 8192) else 4,
     )
 
 
-def _split_tokens(num_tokens: int, num_pairs: int, tiling: Tiling) -> tuple[int, int]:
+def _split_tokens(num_tokens: int, wanted: int, block_tokens: int) -> tuple[int, int]:
     """Return into how many parts the tokens of each pair are cut, and the tokens of a part."""
-    num_blocks = triton.cdiv(num_tokens, tiling.block_tokens)
-    wanted = min(max(1, tiling.num_programs // num_pairs), num_blocks)
-    blocks_per_split = triton.cdiv(num_blocks, wanted)
+    num_blocks = triton.cdiv(num_tokens, block_tokens)
+    blocks_per_split = triton.cdiv(num_blocks, max(1, min(wanted, num_blocks)))
     num_splits = triton.cdiv(num_blocks, blocks_per_split)
-    return num_splits, blocks_per_split * tiling.block_tokens
+    return num_splits, blocks_per_split * block_tokens
 
 
-def _launch_options(tiling: Tiling) -> dict[str, Any]:
+def _launch_options(tiling: Tiling, num_slots: int) -> dict[str, Any]:
     """Return the compile-time arguments that all kernels over tokens take."""
     return {
         "BLOCK_N": tiling.block_tokens,
-        "BLOCK_S": tiling.block_slots,
+        "BLOCK_S": _block_slots(num_slots),
         "BLOCK_C": tiling.block_channels,
         "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
     }
 
 
 def _operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return a small tensor contiguous and in the type of the tokens."""
     return None if tensor is None else tensor.to(dtype).contiguous()
-
-
-def _statistics(
-    x: Tensor, memory_key: Tensor, mask: Tensor | None, num_heads: int, tiling: Tiling
-) -> Tensor:
-    """Return the largest logit and the sum of exponentials of each slot, (2, B * H, S)."""
-    batch, num_tokens, _ = x.shape
-    num_slots, num_channels = memory_key.shape
-    num_pairs = batch * num_heads
-    num_splits, tokens_per_split = _split_tokens(num_tokens, num_pairs, tiling)
-    partial = x.new_empty((2, num_pairs, num_splits, num_slots), dtype=torch.float32)
-    kernels.token_statistics[(num_pairs * num_splits,)](
-        x, memory_key, mask, partial,
-        num_pairs, num_heads, num_tokens, num_slots, num_channels, *x.stride(),
-        num_splits, tokens_per_split, **_launch_options(tiling),
-    )  # fmt: skip
-    statistics = x.new_empty((2, num_pairs, num_slots), dtype=torch.float32)
-    kernels.combine_statistics[(num_pairs,)](
-        partial, statistics, num_pairs, num_slots, num_splits, BLOCK_S=tiling.block_slots,
-        BLOCK_SPLITS=_power_of_two(num_splits, 1, 4096 // tiling.block_slots),
-    )  # fmt: skip
-    return statistics
 
 
 def forward(
@@ -164,9 +189,10 @@ def forward(
     *,
     out: Tensor,
     attention: Tensor | None,
-    tiling: Tiling | None = None,
+    denominator: Tensor | None = None,
+    tilings: Tilings | None = None,
 ) -> Tensor | None:
-    """Run the forward kernels, writing ``out`` and, where wanted, ``attention``.
+    """Run the forward kernel, writing ``out`` and, where wanted, what the backward pass reads.
 
     Args:
         x: tokens (B, N, H * C), any strides.
@@ -179,7 +205,8 @@ def forward(
         problem: heads, norm, eps, dropout, residual.
         out: (B, N, H * V), any strides.
         attention: (B, H, N, S), contiguous.
-        tiling: how to cut the work; chosen by :func:`choose_tiling` where not given.
+        denominator: float32 (B, H, N), contiguous; written under "double" where given.
+        tilings: how to cut the work; chosen by :func:`choose_tilings` where not given.
 
     Returns:
         Statistics of the tokens (2, B * H, S) for the backward pass, ``None`` under "softmax".
@@ -187,37 +214,46 @@ def forward(
     batch, num_tokens, _ = x.shape
     num_slots, num_channels = memory_key.shape
     num_value_channels = memory_value.shape[1]
-    if tiling is None:
-        widest = max(num_channels, num_value_channels)
-        tiling = choose_tiling(x, num_slots, widest, backward=False)
+    tilings = tilings or choose_tilings(x, num_slots, max(num_channels, num_value_channels))
+    tiling = tilings.attend
     memory_key, memory_value = (m.to(x.dtype).contiguous() for m in (memory_key, memory_value))
+    value_bias = _operand(value_bias, torch.float32)
     mask = None if mask is None else mask.contiguous()
     num_pairs = batch * problem.num_heads
     num_blocks = triton.cdiv(num_tokens, tiling.block_tokens)
+    sizes = (
+        num_pairs, problem.num_heads, num_tokens, num_slots, num_channels, num_value_channels,
+        *x.stride(), *out.stride(),
+    )  # fmt: skip
+    options = _launch_options(tiling, num_slots)
+    statistics = None
+    if problem.double:
+        statistics = x.new_empty((2, num_pairs, num_slots), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        statistics = None
-        if problem.double:
-            statistics = _statistics(x, memory_key, mask, problem.num_heads, tiling)
-        kernels.mix[(num_pairs * num_blocks,)](
-            x, memory_key, memory_value,
-            _operand(key_bias, torch.float32), _operand(value_bias, torch.float32), mask, seed,
-            statistics, out, attention,
-            num_pairs, problem.num_heads, num_tokens, num_slots, num_channels, num_value_channels,
-            *x.stride(), *out.stride(), num_blocks, problem.log_eps, problem.dropout,
-            DOUBLE=problem.double, RESIDUAL=problem.residual, **_launch_options(tiling),
+        if statistics is None or num_blocks == 1:
+            kernels.attend[(num_pairs * num_blocks,)](
+                x, memory_key, memory_value, _operand(key_bias, torch.float32), value_bias, mask,
+                seed, statistics, out, attention, denominator, *sizes,
+                num_blocks, problem.log_eps, problem.dropout,
+                DOUBLE=problem.double, RESIDUAL=problem.residual, **options,
+            )  # fmt: skip
+            return statistics
+        num_splits, tokens_per_split = _split_tokens(
+            num_tokens, tilings.most_splits, tiling.block_tokens
+        )
+        pairs_per_group = min(num_pairs, triton.cdiv(tilings.least_group, num_splits))
+        num_groups = triton.cdiv(num_pairs, pairs_per_group)
+        partial = x.new_empty((2, num_pairs * num_splits, num_slots), dtype=torch.float32)
+        progress = torch.zeros(1 + 2 * num_pairs, dtype=torch.int32, device=x.device)
+        kernels.attend_in_order[(2 * num_groups * pairs_per_group * num_splits,)](
+            x, memory_key, memory_value, value_bias, mask, seed, partial, statistics, progress,
+            out, attention, denominator, *sizes, num_splits, tokens_per_split,
+            pairs_per_group, num_groups,
+            problem.log_eps, problem.dropout,
+            BLOCK_SPLITS=_power_of_two(num_splits, 1, 4096 // options["BLOCK_S"]),
+            RESIDUAL=problem.residual, **options,
         )  # fmt: skip
     return statistics
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of all operands; those of the memories and biases in float32."""
-
-    x: Tensor
-    memory_key: Tensor
-    memory_value: Tensor
-    key_bias: Tensor
-    value_bias: Tensor
 
 
 def backward(
@@ -232,61 +268,69 @@ def backward(
     statistics: Tensor | None,
     problem: Problem,
     *,
+    kept: tuple[Tensor, Tensor] | None = None,
     grad_x: Tensor,
-    tiling: Tiling | None = None,
-) -> Gradients:
+    tilings: Tilings | None = None,
+) -> tuple[Tensor, Tensor]:
     """Run the backward kernels, writing ``grad_x``; arguments as for :func:`forward`.
 
-    Scratch memory: two float32 tensors of (B, H, N, S), and partial memory gradients.
+    With ``kept``, the attention and denominator that the forward pass wrote, x is read once, else
+    twice. Scratch memory: float32 of (B, H, N, S), without ``kept`` twice that, and partial memory
+    gradients.
+
+    Returns:
+        Gradients of memory_key, memory_value and value_bias side by side, and of key_bias, float32.
     """
     batch, num_tokens, _ = x.shape
     num_slots, num_channels = memory_key.shape
     num_value_channels = memory_value.shape[1]
     widest = max(num_channels, num_value_channels)
-    if tiling is None:
-        tiling = choose_tiling(x, num_slots, widest, backward=True)
+    tilings = tilings or choose_tilings(x, num_slots, widest)
+    tiling = tilings.attention_gradient
     memory_key, memory_value = (m.to(x.dtype).contiguous() for m in (memory_key, memory_value))
     grad_out = grad_out.to(x.dtype)
     mask = None if mask is None else mask.contiguous()
     grad_attention = None if grad_attention is None else grad_attention.contiguous()
     num_pairs = batch * problem.num_heads
-    num_splits, tokens_per_split = _split_tokens(num_tokens, num_pairs, tiling)
+    num_splits, tokens_per_split = _split_tokens(
+        num_tokens, tilings.num_programs // num_pairs, tiling.block_tokens
+    )
     sizes = (problem.num_heads, num_tokens, num_slots, num_channels, num_value_channels)
-    scratch = x.new_empty((2, num_pairs, num_tokens, num_slots), dtype=torch.float32)
-    denominator = x.new_empty((num_pairs, num_tokens), dtype=torch.float32)
+    weighted = x.new_empty((num_pairs, num_tokens, num_slots), dtype=torch.float32)
+    if kept is None:
+        attention = torch.empty_like(weighted)
+        denominator = x.new_empty((num_pairs, num_tokens), dtype=torch.float32)
+    else:
+        attention, denominator = kept
     partial = x.new_empty((num_pairs, num_splits, num_slots), dtype=torch.float32)
-    num_blocks = triton.cdiv(num_tokens, tiling.block_tokens)
+    sums_tiling = tilings.operand_gradient
+    num_blocks = triton.cdiv(num_tokens, sums_tiling.block_tokens)
     total_blocks = num_pairs * num_blocks
-    num_slices = triton.cdiv(widest, tiling.block_channels)
-    blocks_per_program = triton.cdiv(total_blocks, max(1, tiling.num_programs // num_slices))
+    num_slices = triton.cdiv(widest, sums_tiling.block_channels)
+    blocks_per_program = triton.cdiv(total_blocks, max(1, tilings.num_programs // num_slices))
     num_programs = triton.cdiv(total_blocks, blocks_per_program)
-    partial_key = partial.new_empty((num_programs, num_slots, num_channels))
-    partial_value = partial.new_empty((num_programs, num_slots, num_value_channels))
-    partial_bias = partial.new_empty((num_programs, num_value_channels))
+    # gradients of both memories and of the bias in one row, so that one sum over programs does
+    lengths = [num_slots * num_channels, num_slots * num_value_channels, num_value_channels]
+    partial_sums = partial.new_empty((num_programs, sum(lengths)))
     with torch.cuda.device_of(x):
         gradient_kernels.attention_gradient[(num_pairs * num_splits,)](
             x, grad_out, grad_attention, memory_key, memory_value,
             _operand(key_bias, torch.float32), mask, seed, statistics,
-            scratch[0], denominator, scratch[1], partial,
+            attention, denominator, weighted, partial,
             num_pairs, *sizes, *x.stride(), *grad_out.stride(),
             num_splits, tokens_per_split, problem.log_eps, problem.dropout,
-            DOUBLE=problem.double, **_launch_options(tiling),
+            DOUBLE=problem.double, KEPT=kept is not None, **_launch_options(tiling, num_slots),
         )  # fmt: skip
         weighted_sum = partial.sum(1)
         gradient_kernels.operand_gradient[(num_programs * num_slices,)](
             x, grad_out, memory_key, mask, seed,
-            scratch[0], denominator, scratch[1], weighted_sum,
-            grad_x, partial_key, partial_value, partial_bias,
+            attention, denominator, weighted, weighted_sum,
+            grad_x, *torch.split(partial_sums, lengths, dim=1), partial_sums.stride(0),
             *sizes, *x.stride(), *grad_out.stride(), *grad_x.stride(),
             num_slices, num_blocks, total_blocks, blocks_per_program, problem.dropout,
             DOUBLE=problem.double, RESIDUAL=problem.residual, SCALED=x.dtype == torch.float16,
-            **_launch_options(tiling),
+            **_launch_options(sums_tiling, num_slots),
         )  # fmt: skip
-    return Gradients(
-        x=grad_x,
-        memory_key=partial_key.sum(0),
-        memory_value=partial_value.sum(0),
-        # under "double" the bias cancels: its gradient is zero, without rounding
-        key_bias=torch.zeros_like(weighted_sum[0]) if problem.double else weighted_sum.sum(0),
-        value_bias=partial_bias.sum(0),
-    )
+    # under "double" the bias cancels: its gradient is zero, without rounding
+    grad_bias = torch.zeros_like(weighted_sum[0]) if problem.double else weighted_sum.sum(0)
+    return partial_sums.sum(0), grad_bias

@@ -1,0 +1,194 @@
+"""Time of each Triton kernel under many tilings, to choose those of ``ops/attention/launch.py`` by.
+
+    python -m eanet.bench.tilings --shape 8 512 128 128 --layout "tokens last"
+
+All kernels are compiled first, in as many processes as the machine has cores. Times are those that
+the GPU itself records for each kernel: launching them does not count.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eanet.bench.measure import device_name, write_figures
+from eanet.bench.sweep import Progress, open_device
+from eanet.errors import UserError
+
+if TYPE_CHECKING:
+    from eanet.ops.attention.launch import Tilings
+
+__all__ = ["candidates", "main", "time_kernels"]
+
+#: kernels, and of which part of Tilings each takes its tiling
+KERNELS = {
+    "attend_in_order": "attend",
+    "attention_gradient": "attention_gradient",
+    "operand_gradient": "operand_gradient",
+}
+REPEATS = 10
+
+
+def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
+    """Yield tilings of many sizes; the one chosen at present comes first.
+
+    Args:
+        chosen: of :func:`eanet.ops.attention.launch.choose_tilings`.
+        itemsize: bytes of a channel.
+    """
+    from eanet.ops.attention.launch import Tiling
+
+    yield chosen
+    sizes = itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (2, 3, 4))
+    for block_tokens, block_channels, num_warps, num_stages in sizes:
+        tile_bytes = (block_tokens + 64) * block_channels * itemsize
+        if not 2048 <= block_tokens * block_channels <= 16384 or num_stages * tile_bytes > 200_000:
+            continue
+        if num_warps == 8 and block_tokens == 32:
+            continue
+        tiling = Tiling(block_tokens, block_channels, num_warps, num_stages)
+        for factor in (1, 2):
+            yield replace(
+                chosen,
+                attend=tiling,
+                attention_gradient=tiling,
+                operand_gradient=tiling,
+                num_programs=chosen.num_programs // factor,
+                least_group=1 if factor == 1 else chosen.num_programs // 2,
+            )
+
+
+def _operands(
+    shape: Sequence[int], num_slots: int, layout: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, memory and the gradient of the result on the GPU."""
+    batch, channels, height, width = shape
+    x = torch.randn(batch, channels, height * width, device="cuda").to(dtype).transpose(1, 2)
+    if layout == "channels last":
+        x = x.contiguous()
+    memory = torch.randn(num_slots, channels, device="cuda", dtype=dtype) * channels**-0.5
+    return x, memory, torch.randn_like(x)
+
+
+def _run(x: Tensor, memory: Tensor, grad_out: Tensor, tilings: "Tilings") -> None:
+    """Run forward and backward pass as training does."""
+    from eanet.ops.attention import launch
+
+    problem = launch.Problem(1, "double", 1e-9, 0.0, residual=False)
+    batch, num_tokens, _ = x.shape
+    attention = x.new_empty((batch, 1, num_tokens, memory.shape[0]))
+    denominator = x.new_empty((batch, 1, num_tokens), dtype=torch.float32)
+    out = torch.empty_like(x)
+    statistics = launch.forward(
+        x, memory, memory, None, None, None, None, problem,
+        out=out, attention=attention, denominator=denominator, tilings=tilings,
+    )  # fmt: skip
+    launch.backward(
+        grad_out, None, x, memory, memory, None, None, None, statistics, problem,
+        kept=(attention, denominator), grad_x=out, tilings=tilings,
+    )  # fmt: skip
+
+
+def _compile(job: tuple[Sequence[int], int, str, torch.dtype, "Tilings"]) -> str | None:
+    """Compile by running once; return what was wrong with a tiling."""
+    shape, num_slots, layout, dtype, tilings = job
+    try:
+        _run(*_operands(shape, num_slots, layout, dtype), tilings)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def time_kernels(operands: Sequence[Tensor], tilings: "Tilings") -> dict[str, float]:
+    """Return seconds of each kernel, the mean of ten runs, as the GPU records them."""
+    x, memory, grad_out = operands
+    _run(x, memory, grad_out, tilings)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(REPEATS):
+            _run(x, memory, grad_out, tilings)
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = event.key if event.key in KERNELS else "other"
+        found[name] = found.get(name, 0.0) + event.self_device_time_total * 1e-6 / REPEATS
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eanet.bench.tilings",
+        description="Time of each Triton kernel under many tilings, on a GPU.",
+    )
+    parser.add_argument(
+        "--shape", type=int, nargs=4, default=(8, 512, 128, 128), metavar=("B", "C", "H", "W")
+    )
+    parser.add_argument("--slots", type=int, default=64, help="S (default: 64)")
+    parser.add_argument(
+        "--layout", choices=["channels last", "tokens last"], default="channels last"
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--best", type=int, default=6, help="rows to print for each kernel")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    options = parser.parse_args(argv)
+    device = open_device("cuda")
+    if device.type != "cuda":
+        raise UserError("tilings are measured on a GPU, and there is none here")
+    from eanet.ops.attention.launch import choose_tilings
+
+    dtype = getattr(torch, options.dtype)
+    shape = tuple(options.shape)
+    operands = _operands(shape, options.slots, options.layout, dtype)
+    chosen = choose_tilings(operands[0], options.slots, shape[1])
+    grid = list(candidates(chosen, dtype.itemsize))
+    jobs = [(shape, options.slots, options.layout, dtype, tilings) for tilings in grid]
+    progress = Progress().say
+    progress(f"compiling for {len(grid)} tilings")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=context) as pool:
+        problems = list(pool.map(_compile, jobs, chunksize=2))
+    figures: list[dict[str, Any]] = []
+    for index, (tilings, problem) in enumerate(zip(grid, problems, strict=True)):
+        if problem is not None:
+            progress(f"left out {tilings.attend}: {problem}")
+            continue
+        for kernel, seconds in time_kernels(operands, tilings).items():
+            tiling = vars(getattr(tilings, KERNELS[kernel])) if kernel in KERNELS else {}
+            extra = {"num_programs": tilings.num_programs, "least_group": tilings.least_group}
+            figures.append({
+                "kernel": kernel, "seconds": seconds, "chosen": index == 0, **tiling, **extra,
+            })  # fmt: skip
+    for kernel in (*KERNELS, "other"):
+        rows = sorted(
+            (entry for entry in figures if entry["kernel"] == kernel),
+            key=lambda entry: entry["seconds"],
+        )
+        for row in [*rows[: options.best], *(row for row in rows if row["chosen"])]:
+            words = " ".join(f"{key}={value}" for key, value in row.items() if key != "seconds")
+            sys.stdout.write(f"{1e6 * row['seconds']:9.1f} us  {words}\n")
+    if options.json is not None:
+        write_figures(
+            options.json,
+            {
+                "benchmark": "tilings", "device": device_name(device), "shape": list(shape),
+                "slots": options.slots, "layout": options.layout, "dtype": options.dtype,
+                "torch": torch.__version__, "kernels": figures,
+            },
+        )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
