@@ -33,7 +33,8 @@ __all__ = ["candidates", "main", "time_kernels"]
 KERNELS = {
     "attend_in_order": "attend",
     "attention_gradient": "attention_gradient",
-    "operand_gradient": "operand_gradient",
+    "key_gradient": "operand_gradient",
+    "value_gradient": "operand_gradient",
 }
 REPEATS = 10
 
@@ -51,17 +52,18 @@ def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
     sizes = itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (2, 3, 4))
     for block_tokens, block_channels, num_warps, num_stages in sizes:
         tile_bytes = (block_tokens + 64) * block_channels * itemsize
-        if not 2048 <= block_tokens * block_channels <= 16384 or num_stages * tile_bytes > 200_000:
-            continue
-        if num_warps == 8 and block_tokens == 32:
+        if not 4096 <= block_tokens * block_channels <= 16384 or num_stages * tile_bytes > 160_000:
             continue
         tiling = Tiling(block_tokens, block_channels, num_warps, num_stages)
-        for factor in (1, 2):
+        for factor, mix_tokens in ((1, 64), (2, 128), (2, 64)):
+            if factor == 2 and mix_tokens > block_tokens:
+                continue
             yield replace(
                 chosen,
                 attend=tiling,
                 attention_gradient=tiling,
                 operand_gradient=tiling,
+                mix_tokens=min(mix_tokens, block_tokens),
                 num_programs=chosen.num_programs // factor,
                 least_group=1 if factor == 1 else chosen.num_programs // 2,
             )
@@ -166,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         for kernel, seconds in time_kernels(operands, tilings).items():
             tiling = vars(getattr(tilings, KERNELS[kernel])) if kernel in KERNELS else {}
-            extra = {"num_programs": tilings.num_programs, "least_group": tilings.least_group}
+            extra = {
+                name: getattr(tilings, name)
+                for name in ("mix_tokens", "num_programs", "least_group")
+            }
             figures.append({
                 "kernel": kernel, "seconds": seconds, "chosen": index == 0, **tiling, **extra,
             })  # fmt: skip

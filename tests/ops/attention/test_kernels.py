@@ -103,7 +103,7 @@ def test_kernels_compile_for_a_gpu(compiled, token_dtype, norm, channels, slots,
     )  # fmt: skip
 
     attend = "attend_in_order" if norm == "double" else "attend"
-    assert compiled.keys() == {attend, "attention_gradient", "operand_gradient"}
+    assert compiled.keys() == {attend, "attention_gradient", "key_gradient", "value_gradient"}
     for name, kernel in compiled.items():
         assert ".target sm_90" in kernel.asm["ptx"], name
         assert kernel.metadata.shared <= SHARED_BYTES, name

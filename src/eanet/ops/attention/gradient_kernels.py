@@ -3,10 +3,11 @@
 # pyright: basic
 """Triton kernels of the backward pass; letters and conventions are those of ``kernels.py``.
 
-Two passes over x and the gradient of the result::
+Two passes over the tokens::
 
-    1  attention_gradient A and w = A * (dA - <A, dA>), and the sum of w over the tokens
-    2  operand_gradient   dz = w - P * sum(w); gradients of x, and of the memories for a part
+    1  attention_gradient  A and w = A * (dA - <A, dA>), and the sum of w over the tokens
+    2  key_gradient        dz = w - P * sum(w); gradients of x, and of M_k for a part of the tokens
+       value_gradient      gradients of M_v and its bias for a part of the tokens
 """
 
 from typing import no_type_check
@@ -18,12 +19,14 @@ from eanet.ops.attention.kernels import (
     _dot,
     _dropout_factors,
     _load_slots,
+    _map_inside,
+    _map_position,
     _normalize,
     _tile_product,
     _valid_tokens,
 )
 
-__all__ = ["attention_gradient", "operand_gradient"]
+__all__ = ["attention_gradient", "key_gradient", "value_gradient"]
 
 
 @triton.jit
@@ -87,8 +90,8 @@ def attention_gradient(
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
         valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-        position = (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :]
-        inside = (tokens < last)[:, None] & (slots < num_slots)[None, :]
+        position = _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S)
+        inside = _map_inside(tokens, last, num_slots, BLOCK_S)
         if KEPT:
             weights = tl.load(attention + position, mask=inside, other=0.0).to(tl.float32)
         else:
@@ -122,7 +125,7 @@ def attention_gradient(
 
 @triton.jit
 @no_type_check
-def _load_slot_tiles(
+def _logit_gradient(
     attention,
     denominator,
     weighted,
@@ -134,18 +137,18 @@ def _load_slot_tiles(
     BLOCK_S: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """Load A and form the gradient of the logits, w - P * sum(w) with P = A * denominator."""
-    slots = tl.arange(0, BLOCK_S)
-    in_range = tokens < num_tokens
-    inside = in_range[:, None] & (slots < num_slots)[None, :]
-    position = (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :]
-    weights = tl.load(attention + position, mask=inside, other=0.0).to(tl.float32)
+    """Form the gradient of the logits, w - P * sum(w) with P = A * denominator."""
+    position = _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S)
+    inside = _map_inside(tokens, num_tokens, num_slots, BLOCK_S)
     grad_logits = tl.load(weighted + position, mask=inside, other=0.0)
     if DOUBLE:
-        scale = tl.load(denominator + pair * num_tokens + tokens, mask=in_range, other=0.0)
+        weights = tl.load(attention + position, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(
+            denominator + pair * num_tokens + tokens, mask=tokens < num_tokens, other=0.0
+        )
         sums = _load_slots(weighted_sum + pair * num_slots, num_slots, 0.0, BLOCK_S)
         grad_logits -= weights * scale[:, None] * sums[None, :]
-    return weights, grad_logits
+    return grad_logits
 
 
 @triton.jit
@@ -162,26 +165,22 @@ def _scale_to_half(tile):
 
 @triton.jit
 @no_type_check
-def operand_gradient(
+def key_gradient(
     x,  # (B, N, H * C), any strides
-    grad_out,  # (B, N, H * V), any strides
+    grad_out,  # (B, N, H * V), any strides; read under RESIDUAL alone
     memory_key,  # (S, C)
     mask,  # (B, N) or None
-    seed,  # (1) or None
     attention,  # (B * H, N, S)
     denominator,  # (B * H, N)
     weighted,  # (B * H, N, S)
     weighted_sum,  # (B * H, S)
     grad_x,  # (B, N, H * C), any strides
-    partial_key,  # (num_programs, S, C), each program's entries side by side, as the next two
-    partial_value,  # (num_programs, S, V)
-    partial_bias,  # (num_programs, V)
-    stride_program,
+    partial_key,  # (num_runs, S, C), with a stride between runs
+    stride_run,
     num_heads,
     num_tokens,
     num_slots,
     num_channels,
-    num_value_channels,
     stride_xb,
     stride_xn,
     stride_xc,
@@ -194,8 +193,7 @@ def operand_gradient(
     num_slices,
     num_blocks,
     total_blocks,
-    blocks_per_program,
-    dropout,
+    blocks_per_run,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -203,28 +201,22 @@ def operand_gradient(
     RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Compute the gradients of a slice of channels, for a run of token blocks of any pairs.
+    """Compute the gradients of x and M_k in a slice of channels, for a run of token blocks.
 
-    No sum over channels is left to do, so slices are independent; those of one run lie side by side
-    in the grid and find its tiles over the slots in the cache.
+    A run goes through blocks of any pairs. No sum over channels is left to do, so slices are
+    independent; those of one run lie side by side in the grid and find its maps in the cache.
     """
-    program = (tl.program_id(0) // num_slices).to(tl.int64)
+    run = (tl.program_id(0) // num_slices).to(tl.int64)
     slots = tl.arange(0, BLOCK_S)
-    slot_exists = slots < num_slots
     channels = (tl.program_id(0) % num_slices) * BLOCK_C + tl.arange(0, BLOCK_C)
-    key_exists = channels < num_channels
-    value_exists = channels < num_value_channels
+    exists = channels < num_channels
     long_channels = channels.to(tl.int64)[None, :]
-    keys = tl.load(
-        memory_key + slots[:, None] * num_channels + channels[None, :],
-        mask=slot_exists[:, None] & key_exists[None, :],
-        other=0.0,
-    )  # [BLOCK_S, BLOCK_C]
-    key_total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
-    value_total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
-    bias_total = tl.zeros([BLOCK_C], dtype=tl.float32)
-    first = program * blocks_per_program
-    last = tl.minimum(first + blocks_per_program, total_blocks)
+    entries = slots[:, None] * num_channels + channels[None, :]
+    entry_exists = (slots < num_slots)[:, None] & exists[None, :]
+    keys = tl.load(memory_key + entries, mask=entry_exists, other=0.0)  # [BLOCK_S, BLOCK_C]
+    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    first = run * blocks_per_run
+    last = tl.minimum(first + blocks_per_run, total_blocks)
     for block in range(first, last):
         pair = block // num_blocks
         sample = pair // num_heads
@@ -232,23 +224,14 @@ def operand_gradient(
         tokens = (block % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         in_range = tokens < num_tokens
         valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
-        weights, grad_logits = _load_slot_tiles(
+        grad_logits = _logit_gradient(
             attention, denominator, weighted, weighted_sum, pair, tokens, num_tokens, num_slots,
             BLOCK_S, DOUBLE,
         )  # fmt: skip
-        if seed is not None:
-            weights *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
-        grad_rows = grad_out + sample * stride_gb + head * num_value_channels * stride_gc
-        grad_tile = tl.load(
-            grad_rows + tokens[:, None] * stride_gn + long_channels * stride_gc,
-            mask=in_range[:, None] & value_exists[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_C]
-        branch_grad = tl.where(valid[:, None], grad_tile, 0.0).to(grad_tile.dtype)
         x_tile = tl.load(
             x + sample * stride_xb + head * num_channels * stride_xc
             + tokens[:, None] * stride_xn + long_channels * stride_xc,
-            mask=valid[:, None] & key_exists[None, :],
+            mask=valid[:, None] & exists[None, :],
             other=0.0,
         )  # fmt: skip
         zeros = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
@@ -257,30 +240,87 @@ def operand_gradient(
             scaled = (grad_logits * factor).to(x_tile.dtype)
             grad_tokens = _dot(scaled, keys, zeros) * inverse
             key_zeros = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
-            key_total += _dot(tl.trans(scaled), x_tile, key_zeros) * inverse
+            total += _dot(tl.trans(scaled), x_tile, key_zeros) * inverse
         else:
             cast = grad_logits.to(x_tile.dtype)
             grad_tokens = _dot(cast, keys, zeros)
-            key_total = _dot(tl.trans(cast), x_tile, key_total)
-        value_total = _dot(tl.trans(weights.to(grad_tile.dtype)), branch_grad, value_total)
-        bias_total += tl.sum(branch_grad.to(tl.float32), axis=0)
+            total = _dot(tl.trans(cast), x_tile, total)
+        inside = in_range[:, None] & exists[None, :]
         if RESIDUAL:
-            grad_tokens += grad_tile.to(tl.float32)
+            grad_tokens += tl.load(
+                grad_out + sample * stride_gb + head * num_channels * stride_gc
+                + tokens[:, None] * stride_gn + long_channels * stride_gc,
+                mask=inside,
+                other=0.0,
+            ).to(tl.float32)  # fmt: skip
         tl.store(
             grad_x + sample * stride_db + head * num_channels * stride_dc
             + tokens[:, None] * stride_dn + long_channels * stride_dc,
             grad_tokens.to(grad_x.dtype.element_ty),
-            mask=in_range[:, None] & key_exists[None, :],
+            mask=inside,
         )  # fmt: skip
-    offset = program * stride_program
+    tl.store(partial_key + run * stride_run + entries, total, mask=entry_exists)
+
+
+@triton.jit
+@no_type_check
+def value_gradient(
+    grad_out,  # (B, N, H * V), any strides
+    mask,  # (B, N) or None
+    seed,  # (1) or None
+    attention,  # (B * H, N, S)
+    partial_value,  # (num_runs, S, V), with a stride between runs
+    partial_bias,  # (num_runs, V), likewise
+    stride_run,
+    num_heads,
+    num_tokens,
+    num_slots,
+    num_value_channels,
+    stride_gb,
+    stride_gn,
+    stride_gc,
+    num_slices,
+    num_blocks,
+    total_blocks,
+    blocks_per_run,
+    dropout,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute the gradients of M_v and its bias as :func:`key_gradient` does those of M_k."""
+    run = (tl.program_id(0) // num_slices).to(tl.int64)
+    slots = tl.arange(0, BLOCK_S)
+    channels = (tl.program_id(0) % num_slices) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = channels < num_value_channels
+    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    bias_total = tl.zeros([BLOCK_C], dtype=tl.float32)
+    first = run * blocks_per_run
+    last = tl.minimum(first + blocks_per_run, total_blocks)
+    for block in range(first, last):
+        pair = block // num_blocks
+        sample = pair // num_heads
+        head = pair % num_heads
+        tokens = (block % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
+        weights = tl.load(
+            attention + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
+            mask=_map_inside(tokens, num_tokens, num_slots, BLOCK_S),
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_S]
+        grad_tile = tl.load(
+            grad_out + sample * stride_gb + head * num_value_channels * stride_gc
+            + tokens[:, None] * stride_gn + channels.to(tl.int64)[None, :] * stride_gc,
+            mask=valid[:, None] & exists[None, :],
+            other=0.0,
+        )  # fmt: skip
+        if seed is not None:
+            weights *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
+        total = _dot(tl.trans(weights.to(grad_tile.dtype)), grad_tile, total)
+        bias_total += tl.sum(grad_tile.to(tl.float32), axis=0)
     tl.store(
-        partial_key + offset + slots[:, None] * num_channels + channels[None, :],
-        key_total,
-        mask=slot_exists[:, None] & key_exists[None, :],
+        partial_value + run * stride_run + slots[:, None] * num_value_channels + channels[None, :],
+        total,
+        mask=(slots < num_slots)[:, None] & exists[None, :],
     )
-    tl.store(
-        partial_value + offset + slots[:, None] * num_value_channels + channels[None, :],
-        value_total,
-        mask=slot_exists[:, None] & value_exists[None, :],
-    )
-    tl.store(partial_bias + offset + channels, bias_total, mask=value_exists)
+    tl.store(partial_bias + run * stride_run + channels, bias_total, mask=exists)

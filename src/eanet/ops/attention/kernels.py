@@ -7,11 +7,12 @@ Letters: B samples, H heads, N tokens, S slots, C channels of a head and of a me
 of a memory value. A "pair" is one head of one sample; there are B * H of them. Everything that is
 normalized, summed over tokens or kept between passes is float32, whatever the type of the tokens.
 
-Forward, two passes over x::
+Forward, two passes over the tokens::
 
-    1  largest logit and sum of exponentials per slot, over the tokens
-    2  logits again, normalize over the slots, times M_v, bias, mask, residual
+    1  logits; largest logit and sum of exponentials per slot, over the tokens
+    2  normalize over the slots, times M_v, bias, mask, residual
 
+The second pass reads the logits where they are smaller than the tokens, and x again where not.
 ``attend_in_order`` does both in one launch; ``attend`` serves where the first is not needed, or a
 pair is a single block of tokens. The backward pass is in ``gradient_kernels.py``.
 
@@ -44,6 +45,20 @@ def _dot(a, b, accumulator):
 #: whether TRITON_INTERPRET was set when Triton was imported
 INTERPRETED: Final = not isinstance(_dot, triton.runtime.JITFunction)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+@no_type_check
+def _exp(x):
+    """Return e^x for x up to 0, to the last digits of float32.
+
+    The GPU has 2^x; the rounding of x / ln 2 alone would cost a digit where x is large.
+    """
+    x = tl.where(x < -200.0, -200.0, x)
+    exponent = x * 1.4426950408889634
+    # what is lost by rounding the product, and the digits of 1 / ln 2 beyond float32
+    lost = tl.fma(x, 1.4426950216293335, -exponent) + x * 1.925963033500011e-08
+    return tl.exp2(exponent) * (1.0 + 0.6931471805599453 * lost)
 
 
 @triton.jit
@@ -93,6 +108,21 @@ def _tile_product(
 
 @triton.jit
 @no_type_check
+def _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S: tl.constexpr):
+    """Return offsets into a map (B * H, N, S), [BLOCK_N, BLOCK_S]."""
+    slots = tl.arange(0, BLOCK_S)
+    return (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :]
+
+
+@triton.jit
+@no_type_check
+def _map_inside(tokens, last, num_slots, BLOCK_S: tl.constexpr):
+    """Tell which entries of a tile of a map exist, [BLOCK_N, BLOCK_S]."""
+    return (tokens < last)[:, None] & (tl.arange(0, BLOCK_S) < num_slots)[None, :]
+
+
+@triton.jit
+@no_type_check
 def _load_slots(vector, num_slots, other, BLOCK_S: tl.constexpr):
     """Load a vector over the slots as float32, [BLOCK_S]."""
     slots = tl.arange(0, BLOCK_S)
@@ -126,14 +156,14 @@ def _normalize(
     offset = tl.max(logits, axis=1)  # [BLOCK_N]
     if DOUBLE:
         offset = tl.maximum(offset, log_eps)
-    weights = tl.exp(logits - offset[:, None])
+    weights = _exp(logits - offset[:, None])
     if DOUBLE:
         weights /= sums[None, :]
     total = tl.sum(weights, axis=1)
     denominator = total
     if DOUBLE:
-        total += tl.exp(log_eps - offset)
-        denominator = tl.exp(offset) * total
+        total += _exp(log_eps - offset)
+        denominator = _exp(offset) * total
     attention = tl.where(valid[:, None], weights / total[:, None], 0.0)
     return attention, denominator
 
@@ -164,7 +194,7 @@ def _join_statistics(largest, total, other_largest, other_total):
     joined = tl.maximum(largest, other_largest)
     # where neither has a token, -inf - -inf would be no number
     reference = tl.where(joined == float("-inf"), 0.0, joined)
-    total = total * tl.exp(largest - reference) + other_total * tl.exp(other_largest - reference)
+    total = total * _exp(largest - reference) + other_total * _exp(other_largest - reference)
     return joined, total
 
 
@@ -175,7 +205,7 @@ def _tile_statistics(logits, valid):
     logits = tl.where(valid[:, None], logits, float("-inf"))
     largest = tl.max(logits, axis=0)
     reference = tl.where(largest == float("-inf"), 0.0, largest)
-    return largest, tl.sum(tl.exp(logits - reference[None, :]), axis=0)
+    return largest, tl.sum(_exp(logits - reference[None, :]), axis=0)
 
 
 @triton.jit
@@ -225,7 +255,7 @@ def _combine_parts(
         tile_total = tl.load(partial_sums + position, mask=exists, other=0.0, cache_modifier=".cg")
         block_largest = tl.max(tile_largest, axis=0)
         reference = tl.where(block_largest == float("-inf"), 0.0, block_largest)
-        block_total = tl.sum(tile_total * tl.exp(tile_largest - reference[None, :]), axis=0)
+        block_total = tl.sum(tile_total * _exp(tile_largest - reference[None, :]), axis=0)
         largest, total = _join_statistics(largest, total, block_largest, block_total)
     return _finish_statistics(largest, total)
 
@@ -275,9 +305,9 @@ def _mix_values(
         tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=in_range)
     if attention_out is not None:
         tl.store(
-            attention_out + (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :],
+            attention_out + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
             attention.to(attention_out.dtype.element_ty),
-            mask=in_range[:, None] & (slots < num_slots)[None, :],
+            mask=_map_inside(tokens, last, num_slots, BLOCK_S),
         )
     if seed is not None:
         attention *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
@@ -378,6 +408,7 @@ def attend_in_order(
     value_bias,  # (V) or None
     mask,  # (B, N) or None
     seed,  # (1) or None
+    kept_logits,  # (B * H, N, S) float32, or None where they are computed twice
     partial,  # (2, B * H * num_splits, S): largest logit, sum of exponentials
     statistics,  # (2, B * H, S): the same of all tokens
     progress,  # (1 + 2 * B * H) zeros: tickets given out; of each pair, parts done; pairs done
@@ -405,6 +436,7 @@ def attend_in_order(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_MIX: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
@@ -414,8 +446,8 @@ def attend_in_order(
 
         statistics of group 0, of group 1, mix group 0, statistics of group 2, mix group 1, ...
 
-    so the second pass over a group follows the first while its tokens are still in the cache of
-    the device: they come from memory once. To mix, a program waits for the statistics of its pair.
+    so the second pass over a group follows the first while what it reads again, the logits or x, is
+    in the cache of the device. To mix, a program waits for the statistics of its pair.
     Those belong to earlier tickets, drawn by programs that run and do not wait, so the wait ends.
     """
     ticket = tl.atomic_add(progress, 1, sem="relaxed").to(tl.int64)
@@ -440,18 +472,26 @@ def attend_in_order(
                 pass
             largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
             sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
-            for start in range(first, last, BLOCK_N):
-                tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            for start in range(first, last, BLOCK_MIX):
+                tokens = start + tl.arange(0, BLOCK_MIX).to(tl.int64)
                 valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-                logits = _tile_product(
-                    rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots,
-                    num_channels, BLOCK_N, BLOCK_S, BLOCK_C,
-                )  # fmt: skip
+                if kept_logits is not None:
+                    logits = tl.load(
+                        kept_logits + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
+                        mask=_map_inside(tokens, last, num_slots, BLOCK_S),
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                else:
+                    logits = _tile_product(
+                        rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots,
+                        num_channels, BLOCK_MIX, BLOCK_S, BLOCK_C,
+                    )  # fmt: skip
                 _mix_values(
                     logits, largest, sums, valid, tokens, rows, memory_value, None, value_bias,
                     seed, out, attention_out, denominator_out, pair, num_heads, num_tokens, last,
                     num_slots, num_value_channels, stride_xn, stride_xc, stride_ob, stride_on,
-                    stride_oc, log_eps, dropout, BLOCK_N, BLOCK_S, BLOCK_C, True, RESIDUAL,
+                    stride_oc, log_eps, dropout, BLOCK_MIX, BLOCK_S, BLOCK_C, True, RESIDUAL,
                 )  # fmt: skip
         else:
             largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
@@ -463,6 +503,12 @@ def attend_in_order(
                     rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots,
                     num_channels, BLOCK_N, BLOCK_S, BLOCK_C,
                 )  # fmt: skip
+                if kept_logits is not None:
+                    tl.store(
+                        kept_logits + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
+                        logits,
+                        mask=_map_inside(tokens, last, num_slots, BLOCK_S),
+                    )
                 tile_largest, tile_total = _tile_statistics(logits, valid)
                 largest, total = _join_statistics(largest, total, tile_largest, tile_total)
             _store_statistics(

@@ -77,7 +77,8 @@ class Tilings:
     Attributes:
         attend: of the forward kernels.
         attention_gradient: of the first kernel backward.
-        operand_gradient: of the second.
+        operand_gradient: of the others.
+        mix_tokens: tokens of a tile in the second pass forward, at most those of the first.
         num_programs: about how many programs share a sum over tokens in the backward pass.
         most_splits: in how many parts the tokens of a pair are cut at most in the forward pass.
         least_group: parts that one pass covers before the other takes its turn, at least.
@@ -86,6 +87,7 @@ class Tilings:
     attend: Tiling
     attention_gradient: Tiling
     operand_gradient: Tiling
+    mix_tokens: int
     num_programs: int
     most_splits: int = 512
     least_group: int = 1
@@ -144,9 +146,11 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
         properties = cast("Any", torch.cuda.get_device_properties)(x.device)
         multiprocessors = int(properties.multi_processor_count)
     backward = tiling(4096, 2048)
+    # a pair of one block needs no second pass
+    attend = tiling(8192, 8192, one_block=block_slots <= 64 and x.shape[1] <= 256)
     return Tilings(
-        # a pair of one block needs no second pass
-        attend=tiling(8192, 8192, one_block=block_slots <= 64 and x.shape[1] <= 256),
+        attend=attend,
+        mix_tokens=min(128, attend.block_tokens),
         attention_gradient=backward,
         operand_gradient=backward,
         num_programs=4 * multiprocessors,
@@ -243,13 +247,19 @@ def forward(
         )
         pairs_per_group = min(num_pairs, triton.cdiv(tilings.least_group, num_splits))
         num_groups = triton.cdiv(num_pairs, pairs_per_group)
+        # written and read once, or x read once more: whichever moves fewer bytes
+        kept_logits = None
+        if 2 * num_slots * 4 < num_channels * x.itemsize:
+            kept_logits = x.new_empty((num_pairs, num_tokens, num_slots), dtype=torch.float32)
         partial = x.new_empty((2, num_pairs * num_splits, num_slots), dtype=torch.float32)
         progress = torch.zeros(1 + 2 * num_pairs, dtype=torch.int32, device=x.device)
         kernels.attend_in_order[(2 * num_groups * pairs_per_group * num_splits,)](
-            x, memory_key, memory_value, value_bias, mask, seed, partial, statistics, progress,
+            x, memory_key, memory_value, value_bias, mask, seed, kept_logits, partial,
+            statistics, progress,
             out, attention, denominator, *sizes, num_splits, tokens_per_split,
             pairs_per_group, num_groups,
             problem.log_eps, problem.dropout,
+            BLOCK_MIX=min(tilings.mix_tokens, tiling.block_tokens),
             BLOCK_SPLITS=_power_of_two(num_splits, 1, 4096 // options["BLOCK_S"]),
             RESIDUAL=problem.residual, **options,
         )  # fmt: skip
@@ -307,11 +317,13 @@ def backward(
     num_blocks = triton.cdiv(num_tokens, sums_tiling.block_tokens)
     total_blocks = num_pairs * num_blocks
     num_slices = triton.cdiv(widest, sums_tiling.block_channels)
-    blocks_per_program = triton.cdiv(total_blocks, max(1, tilings.num_programs // num_slices))
-    num_programs = triton.cdiv(total_blocks, blocks_per_program)
+    blocks_per_run = triton.cdiv(total_blocks, max(1, tilings.num_programs // num_slices))
+    num_runs = triton.cdiv(total_blocks, blocks_per_run)
+    runs = (num_blocks, total_blocks, blocks_per_run)
     # gradients of both memories and of the bias in one row, so that one sum over programs does
     lengths = [num_slots * num_channels, num_slots * num_value_channels, num_value_channels]
-    partial_sums = partial.new_empty((num_programs, sum(lengths)))
+    partial_sums = partial.new_empty((num_runs, sum(lengths)))
+    partial_key, *partial_values = torch.split(partial_sums, lengths, dim=1)
     with torch.cuda.device_of(x):
         gradient_kernels.attention_gradient[(num_pairs * num_splits,)](
             x, grad_out, grad_attention, memory_key, memory_value,
@@ -322,14 +334,23 @@ def backward(
             DOUBLE=problem.double, KEPT=kept is not None, **_launch_options(tiling, num_slots),
         )  # fmt: skip
         weighted_sum = partial.sum(1)
-        gradient_kernels.operand_gradient[(num_programs * num_slices,)](
-            x, grad_out, memory_key, mask, seed,
-            attention, denominator, weighted, weighted_sum,
-            grad_x, *torch.split(partial_sums, lengths, dim=1), partial_sums.stride(0),
-            *sizes, *x.stride(), *grad_out.stride(), *grad_x.stride(),
-            num_slices, num_blocks, total_blocks, blocks_per_program, problem.dropout,
+        options = _launch_options(sums_tiling, num_slots)
+        key_slices, value_slices = (
+            triton.cdiv(number, sums_tiling.block_channels)
+            for number in (num_channels, num_value_channels)
+        )
+        gradient_kernels.value_gradient[(num_runs * value_slices,)](
+            grad_out, mask, seed, attention, *partial_values, partial_sums.stride(0),
+            problem.num_heads, num_tokens, num_slots, num_value_channels, *grad_out.stride(),
+            value_slices, *runs, problem.dropout, **options,
+        )  # fmt: skip
+        gradient_kernels.key_gradient[(num_runs * key_slices,)](
+            x, grad_out, memory_key, mask, attention, denominator, weighted, weighted_sum,
+            grad_x, partial_key, partial_sums.stride(0),
+            problem.num_heads, num_tokens, num_slots, num_channels,
+            *x.stride(), *grad_out.stride(), *grad_x.stride(), key_slices, *runs,
             DOUBLE=problem.double, RESIDUAL=problem.residual, SCALED=x.dtype == torch.float16,
-            **_launch_options(sums_tiling, num_slots),
+            **options,
         )  # fmt: skip
     # under "double" the bias cancels: its gradient is zero, without rounding
     grad_bias = torch.zeros_like(weighted_sum[0]) if problem.double else weighted_sum.sum(0)
