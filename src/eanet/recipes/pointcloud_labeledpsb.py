@@ -27,7 +27,7 @@ def _recipe(model: str) -> Recipe:
         },
         optim=OptimSpec(name="adamw", lr=3e-3, weight_decay=0.05, clip_norm=1.0),
         schedule=ScheduleSpec(name="cosine", warmup=50, min_lr=0.01),
-        train=TrainSpec(epochs=16, ema_decay=0.99, evaluate_every=4),
+        train=TrainSpec(epochs=32, ema_decay=0.99, evaluate_every=8),
     )
 
 
