@@ -31,7 +31,8 @@ __all__ = ["candidates", "main", "time_kernels"]
 
 #: kernels, and of which part of Tilings each takes its tiling
 KERNELS = {
-    "attend_in_order": "attend",
+    "token_statistics": "statistics",
+    "mix": "mix",
     "attention_gradient": "attention_gradient",
     "key_gradient": "operand_gradient",
     "value_gradient": "operand_gradient",
@@ -54,18 +55,17 @@ def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
         tile_bytes = (block_tokens + 64) * block_channels * itemsize
         if not 4096 <= block_tokens * block_channels <= 16384 or num_stages * tile_bytes > 160_000:
             continue
-        tiling = Tiling(block_tokens, block_channels, num_warps, num_stages)
-        for factor, mix_tokens in ((1, 64), (2, 128), (2, 64)):
-            if factor == 2 and mix_tokens > block_tokens:
+        for factor, max_registers in ((1, None), (2, None), (2, 168), (2, 128)):
+            if max_registers is not None and (num_warps == 8 or num_stages == 2):
                 continue
+            tiling = Tiling(block_tokens, block_channels, num_warps, num_stages, max_registers)
             yield replace(
                 chosen,
-                attend=tiling,
+                statistics=tiling,
+                mix=tiling,
                 attention_gradient=tiling,
                 operand_gradient=tiling,
-                mix_tokens=min(mix_tokens, block_tokens),
                 num_programs=chosen.num_programs // factor,
-                least_group=1 if factor == 1 else chosen.num_programs // 2,
             )
 
 
@@ -164,14 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: list[dict[str, Any]] = []
     for index, (tilings, problem) in enumerate(zip(grid, problems, strict=True)):
         if problem is not None:
-            progress(f"left out {tilings.attend}: {problem}")
+            progress(f"left out {tilings.mix}: {problem}")
             continue
         for kernel, seconds in time_kernels(operands, tilings).items():
             tiling = vars(getattr(tilings, KERNELS[kernel])) if kernel in KERNELS else {}
-            extra = {
-                name: getattr(tilings, name)
-                for name in ("mix_tokens", "num_programs", "least_group")
-            }
+            extra = {"num_programs": tilings.num_programs}
             figures.append({
                 "kernel": kernel, "seconds": seconds, "chosen": index == 0, **tiling, **extra,
             })  # fmt: skip

@@ -42,15 +42,14 @@ from tests.ops.attention.kernel_cases import (
 
 CPU = torch.device("cpu")
 _TILING = launch.Tiling(block_tokens=16, block_channels=16, num_warps=4)
-#: two parts for each pair in the forward pass, and several pairs a group
+#: two parts for each pair in the forward pass
 SMALL = launch.Tilings(
-    attend=replace(_TILING, block_tokens=32),
+    statistics=_TILING,
+    mix=replace(_TILING, block_tokens=32),
     attention_gradient=_TILING,
     operand_gradient=replace(_TILING, block_tokens=32),
-    mix_tokens=16,
     num_programs=6,
     most_splits=2,
-    least_group=3,
 )
 
 
@@ -85,7 +84,7 @@ def test_parts_add_up_to_the_whole(monkeypatch, case):
     case = same_on_another_tiling(case)
     if case.residual:
         case = Case(**{**vars(case), "value_channels": case.channels})
-    assert launch._split_tokens(case.tokens, 2, 32)[0] > 1
+    assert launch._split_tokens(case.tokens, 2, 16)[0] > 1
     check(case, CPU)
 
 

@@ -20,8 +20,9 @@ from eanet.ops.attention.kernels import (
     _dropout_factors,
     _load_slots,
     _map_inside,
-    _map_position,
+    _map_pointers,
     _normalize,
+    _tile_pointers,
     _tile_product,
     _valid_tokens,
 )
@@ -66,6 +67,7 @@ def attention_gradient(
     BLOCK_C: tl.constexpr,
     DOUBLE: tl.constexpr,
     KEPT: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Compute w = A * (dA - <A, dA>) in a part of the tokens, and the sum of w per slot.
 
@@ -88,37 +90,45 @@ def attention_gradient(
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, num_tokens)
     for start in range(first, last, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        tokens = start + tl.arange(0, BLOCK_N)
         valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-        position = _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S)
+        attention_tile = _map_pointers(
+            attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S
+        )
         inside = _map_inside(tokens, last, num_slots, BLOCK_S)
         if KEPT:
-            weights = tl.load(attention + position, mask=inside, other=0.0).to(tl.float32)
+            weights = tl.load(attention_tile, mask=inside, other=0.0).to(tl.float32)
         else:
             logits = _tile_product(
-                rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots, num_channels,
-                BLOCK_N, BLOCK_S, BLOCK_C,
+                rows, memory_key, start, valid, stride_xn, stride_xc, num_slots, num_channels,
+                BLOCK_N, BLOCK_S, BLOCK_C, LONG,
             )  # fmt: skip
             weights, divisor = _normalize(
                 logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
             )
-            tl.store(attention + position, weights, mask=inside)
+            tl.store(attention_tile, weights, mask=inside)
             if DOUBLE:
                 tl.store(denominator + pair * num_tokens + tokens, divisor, mask=tokens < last)
         gradient = _tile_product(
-            grad_rows, memory_value, tokens, valid, stride_gn, stride_gc, num_slots,
-            num_value_channels, BLOCK_N, BLOCK_S, BLOCK_C,
+            grad_rows, memory_value, start, valid, stride_gn, stride_gc, num_slots,
+            num_value_channels, BLOCK_N, BLOCK_S, BLOCK_C, LONG,
         )  # fmt: skip
         if seed is not None:
             gradient *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
         if grad_attention is not None:
             gradient += tl.load(
-                grad_attention + position, mask=inside & valid[:, None], other=0.0
+                _map_pointers(grad_attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+                mask=inside & valid[:, None],
+                other=0.0,
             ).to(tl.float32)
         mean = tl.sum(weights * gradient, axis=1)
         weighted = weights * (gradient - mean[:, None])
         total += tl.sum(weighted, axis=0)
-        tl.store(weighted_out + position, weighted, mask=inside)
+        tl.store(
+            _map_pointers(weighted_out, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            weighted,
+            mask=inside,
+        )
     position = (pair * num_splits + split) * num_slots + slots
     tl.store(partial_weighted + position, total, mask=slots < num_slots)
 
@@ -131,18 +141,27 @@ def _logit_gradient(
     weighted,
     weighted_sum,
     pair,
-    tokens,
+    start,
     num_tokens,
     num_slots,
+    BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
     """Form the gradient of the logits, w - P * sum(w) with P = A * denominator."""
-    position = _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S)
+    tokens = start + tl.arange(0, BLOCK_N)
     inside = _map_inside(tokens, num_tokens, num_slots, BLOCK_S)
-    grad_logits = tl.load(weighted + position, mask=inside, other=0.0)
+    grad_logits = tl.load(
+        _map_pointers(weighted, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+        mask=inside,
+        other=0.0,
+    )
     if DOUBLE:
-        weights = tl.load(attention + position, mask=inside, other=0.0).to(tl.float32)
+        weights = tl.load(
+            _map_pointers(attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            mask=inside,
+            other=0.0,
+        ).to(tl.float32)
         scale = tl.load(
             denominator + pair * num_tokens + tokens, mask=tokens < num_tokens, other=0.0
         )
@@ -200,6 +219,7 @@ def key_gradient(
     DOUBLE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Compute the gradients of x and M_k in a slice of channels, for a run of token blocks.
 
@@ -208,9 +228,9 @@ def key_gradient(
     """
     run = (tl.program_id(0) // num_slices).to(tl.int64)
     slots = tl.arange(0, BLOCK_S)
-    channels = (tl.program_id(0) % num_slices) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_channel = (tl.program_id(0) % num_slices) * BLOCK_C
+    channels = first_channel + tl.arange(0, BLOCK_C)
     exists = channels < num_channels
-    long_channels = channels.to(tl.int64)[None, :]
     entries = slots[:, None] * num_channels + channels[None, :]
     entry_exists = (slots < num_slots)[:, None] & exists[None, :]
     keys = tl.load(memory_key + entries, mask=entry_exists, other=0.0)  # [BLOCK_S, BLOCK_C]
@@ -221,16 +241,19 @@ def key_gradient(
         pair = block // num_blocks
         sample = pair // num_heads
         head = pair % num_heads
-        tokens = (block % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        start = (block % num_blocks) * BLOCK_N
+        tokens = start + tl.arange(0, BLOCK_N)
         in_range = tokens < num_tokens
         valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
         grad_logits = _logit_gradient(
-            attention, denominator, weighted, weighted_sum, pair, tokens, num_tokens, num_slots,
-            BLOCK_S, DOUBLE,
+            attention, denominator, weighted, weighted_sum, pair, start, num_tokens, num_slots,
+            BLOCK_N, BLOCK_S, DOUBLE,
         )  # fmt: skip
         x_tile = tl.load(
-            x + sample * stride_xb + head * num_channels * stride_xc
-            + tokens[:, None] * stride_xn + long_channels * stride_xc,
+            _tile_pointers(
+                x + sample * stride_xb + head * num_channels * stride_xc,
+                start, first_channel, stride_xn, stride_xc, BLOCK_N, BLOCK_C, LONG,
+            ),
             mask=valid[:, None] & exists[None, :],
             other=0.0,
         )  # fmt: skip
@@ -248,14 +271,18 @@ def key_gradient(
         inside = in_range[:, None] & exists[None, :]
         if RESIDUAL:
             grad_tokens += tl.load(
-                grad_out + sample * stride_gb + head * num_channels * stride_gc
-                + tokens[:, None] * stride_gn + long_channels * stride_gc,
+                _tile_pointers(
+                    grad_out + sample * stride_gb + head * num_channels * stride_gc,
+                    start, first_channel, stride_gn, stride_gc, BLOCK_N, BLOCK_C, LONG,
+                ),
                 mask=inside,
                 other=0.0,
             ).to(tl.float32)  # fmt: skip
         tl.store(
-            grad_x + sample * stride_db + head * num_channels * stride_dc
-            + tokens[:, None] * stride_dn + long_channels * stride_dc,
+            _tile_pointers(
+                grad_x + sample * stride_db + head * num_channels * stride_dc,
+                start, first_channel, stride_dn, stride_dc, BLOCK_N, BLOCK_C, LONG,
+            ),
             grad_tokens.to(grad_x.dtype.element_ty),
             mask=inside,
         )  # fmt: skip
@@ -287,11 +314,13 @@ def value_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Compute the gradients of M_v and its bias as :func:`key_gradient` does those of M_k."""
     run = (tl.program_id(0) // num_slices).to(tl.int64)
     slots = tl.arange(0, BLOCK_S)
-    channels = (tl.program_id(0) % num_slices) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_channel = (tl.program_id(0) % num_slices) * BLOCK_C
+    channels = first_channel + tl.arange(0, BLOCK_C)
     exists = channels < num_value_channels
     total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
     bias_total = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -301,16 +330,19 @@ def value_gradient(
         pair = block // num_blocks
         sample = pair // num_heads
         head = pair % num_heads
-        tokens = (block % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        start = (block % num_blocks) * BLOCK_N
+        tokens = start + tl.arange(0, BLOCK_N)
         valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
         weights = tl.load(
-            attention + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
+            _map_pointers(attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
             mask=_map_inside(tokens, num_tokens, num_slots, BLOCK_S),
             other=0.0,
         )  # [BLOCK_N, BLOCK_S]
         grad_tile = tl.load(
-            grad_out + sample * stride_gb + head * num_value_channels * stride_gc
-            + tokens[:, None] * stride_gn + channels.to(tl.int64)[None, :] * stride_gc,
+            _tile_pointers(
+                grad_out + sample * stride_gb + head * num_value_channels * stride_gc,
+                start, first_channel, stride_gn, stride_gc, BLOCK_N, BLOCK_C, LONG,
+            ),
             mask=valid[:, None] & exists[None, :],
             other=0.0,
         )  # fmt: skip

@@ -9,12 +9,11 @@ normalized, summed over tokens or kept between passes is float32, whatever the t
 
 Forward, two passes over the tokens::
 
-    1  logits; largest logit and sum of exponentials per slot, over the tokens
-    2  normalize over the slots, times M_v, bias, mask, residual
+    1  token_statistics  logits; largest logit and sum of exponentials per slot
+    2  mix               normalize over the slots, times M_v, bias, mask, residual
 
-The second pass reads the logits where they are smaller than the tokens, and x again where not.
-``attend_in_order`` does both in one launch; ``attend`` serves where the first is not needed, or a
-pair is a single block of tokens. The backward pass is in ``gradient_kernels.py``.
+The second pass reads the logits where they are smaller than the tokens, and x again where not. The
+backward pass is in ``gradient_kernels.py``.
 
 Sums over tokens are taken in parts, one for each program, and added afterwards in a fixed order.
 There are no atomic additions, so a result repeats to the bit on the same device and shape.
@@ -28,7 +27,7 @@ from typing import Final, no_type_check
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "attend", "attend_in_order"]
+__all__ = ["INTERPRETED", "mix", "token_statistics"]
 
 
 @triton.jit
@@ -73,10 +72,37 @@ def _valid_tokens(mask, sample, tokens, last, num_tokens):
 
 @triton.jit
 @no_type_check
+def _tile_pointers(
+    rows,
+    first_token,
+    first_channel,
+    stride_n,
+    stride_c,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """Return pointers to a tile of (N, channels), [BLOCK_N, BLOCK_C].
+
+    Where a tile ends is told by 64 bits, and places within it by 32 unless LONG: pointers are what
+    registers are short of.
+    """
+    tokens = tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_C)
+    if LONG:
+        tokens = tokens.to(tl.int64)
+        channels = channels.to(tl.int64)
+    zero = tl.full((), 0, dtype=tl.int64)
+    corner = rows + (zero + first_token) * stride_n + (zero + first_channel) * stride_c
+    return corner + (tokens[:, None] * stride_n + channels[None, :] * stride_c)
+
+
+@triton.jit
+@no_type_check
 def _tile_product(
     rows,  # pointer to (N, channels) with strides
     memory,  # pointer to (S, channels), contiguous
-    tokens,  # [BLOCK_N]
+    first_token,
     valid,  # [BLOCK_N]
     stride_n,
     stride_c,
@@ -85,6 +111,7 @@ def _tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Multiply rows of tokens with the rows of a memory; rows that are not valid count as 0."""
     slots = tl.arange(0, BLOCK_S)
@@ -93,7 +120,7 @@ def _tile_product(
         channels = first + tl.arange(0, BLOCK_C)
         exists = channels < num_channels
         tile = tl.load(
-            rows + tokens[:, None] * stride_n + channels.to(tl.int64)[None, :] * stride_c,
+            _tile_pointers(rows, first_token, first, stride_n, stride_c, BLOCK_N, BLOCK_C, LONG),
             mask=valid[:, None] & exists[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_C]
@@ -108,10 +135,12 @@ def _tile_product(
 
 @triton.jit
 @no_type_check
-def _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S: tl.constexpr):
-    """Return offsets into a map (B * H, N, S), [BLOCK_N, BLOCK_S]."""
-    slots = tl.arange(0, BLOCK_S)
-    return (pair * num_tokens + tokens[:, None]) * num_slots + slots[None, :]
+def _map_pointers(
+    maps, pair, first_token, num_tokens, num_slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Return pointers to a tile of a map (B * H, N, S), [BLOCK_N, BLOCK_S]."""
+    corner = maps + (pair * num_tokens + first_token) * num_slots  # pair has 64 bits
+    return corner + (tl.arange(0, BLOCK_N)[:, None] * num_slots + tl.arange(0, BLOCK_S)[None, :])
 
 
 @triton.jit
@@ -262,86 +291,155 @@ def _combine_parts(
 
 @triton.jit
 @no_type_check
-def _mix_values(
-    logits,  # [BLOCK_N, BLOCK_S]
-    largest,  # [BLOCK_S]; read under DOUBLE alone, as sums
-    sums,  # [BLOCK_S]
-    valid,  # [BLOCK_N]
-    tokens,  # [BLOCK_N]
-    rows,  # pointer to the first token of the pair in x
-    memory_value,
-    key_bias,
-    value_bias,
-    seed,
-    out,
-    attention_out,
-    denominator_out,
-    pair,
+def token_statistics(
+    x,  # (B, N, H * C), any strides
+    memory_key,  # (S, C)
+    mask,  # (B, N) or None
+    kept_logits,  # (B * H, N, S) float32 to be written, or None
+    partial,  # (2, B * H * num_splits, S): largest logit, sum of exponentials
+    statistics,  # (2, B * H, S): the same of all tokens
+    parts_done,  # (B * H) zeros
+    num_pairs,
     num_heads,
     num_tokens,
-    last,
     num_slots,
-    num_value_channels,
-    stride_xn,
-    stride_xc,
-    stride_ob,
-    stride_on,
-    stride_oc,
-    log_eps,
-    dropout,
+    num_channels,
+    stride_b,
+    stride_n,
+    stride_c,
+    num_splits,
+    tokens_per_split,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    LONG: tl.constexpr,
 ):
-    """Normalize the logits of a block of tokens and mix the memory values into the result."""
-    slots = tl.arange(0, BLOCK_S)
-    in_range = tokens < last
-    attention, denominator = _normalize(
-        logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
-    )
-    if denominator_out is not None:
-        tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=in_range)
-    if attention_out is not None:
-        tl.store(
-            attention_out + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
-            attention.to(attention_out.dtype.element_ty),
-            mask=_map_inside(tokens, last, num_slots, BLOCK_S),
+    """Find the largest logit and the sum of exponentials of each slot over the tokens.
+
+    Each program does a part of the tokens; the one that is done last joins the parts of its pair,
+    in the same order whichever it is.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    pair = program // num_splits
+    split = program % num_splits
+    sample = pair // num_heads
+    rows = x + sample * stride_b + (pair % num_heads) * num_channels * stride_c
+    largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_S], dtype=tl.float32)
+    first = split * tokens_per_split
+    last = tl.minimum(first + tokens_per_split, num_tokens)
+    for start in range(first, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
+        logits = _tile_product(
+            rows, memory_key, start, valid, stride_n, stride_c, num_slots, num_channels,
+            BLOCK_N, BLOCK_S, BLOCK_C, LONG,
+        )  # fmt: skip
+        if kept_logits is not None:
+            tl.store(
+                _map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+                logits,
+                mask=_map_inside(tokens, last, num_slots, BLOCK_S),
+            )
+        tile_largest, tile_total = _tile_statistics(logits, valid)
+        largest, total = _join_statistics(largest, total, tile_largest, tile_total)
+    _store_statistics(
+        partial, largest, total, pair * num_splits + split, num_pairs * num_splits, num_slots,
+        BLOCK_S,
+    )  # fmt: skip
+    # all threads have written before one of them says so
+    tl.debug_barrier()
+    if tl.atomic_add(parts_done + pair, 1, sem="acq_rel") == num_splits - 1:
+        largest, total = _combine_parts(
+            partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
         )
-    if seed is not None:
-        attention *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
-    weights = attention.to(memory_value.dtype.element_ty)
-    out_rows = (
-        out + (pair // num_heads) * stride_ob + (pair % num_heads) * num_value_channels * stride_oc
-    )
-    for first in range(0, num_value_channels, BLOCK_C):
-        channels = first + tl.arange(0, BLOCK_C)
-        exists = channels < num_value_channels
-        values = tl.load(
-            memory_value + slots[:, None] * num_value_channels + channels[None, :],
-            mask=(slots < num_slots)[:, None] & exists[None, :],
-            other=0.0,
-        )  # [BLOCK_S, BLOCK_C]
-        mixed = _dot(weights, values, tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32))
-        if value_bias is not None:
-            bias = tl.load(value_bias + channels, mask=exists, other=0.0).to(tl.float32)
-            mixed += tl.where(valid[:, None], bias[None, :], 0.0)
-        inside = in_range[:, None] & exists[None, :]
-        long_channels = channels.to(tl.int64)[None, :]
-        if RESIDUAL:
-            position = tokens[:, None] * stride_xn + long_channels * stride_xc
-            mixed += tl.load(rows + position, mask=inside, other=0.0).to(tl.float32)
-        tl.store(
-            out_rows + tokens[:, None] * stride_on + long_channels * stride_oc,
-            mixed.to(out.dtype.element_ty),
-            mask=inside,
-        )
+        _store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
 
 
 @triton.jit
 @no_type_check
-def attend(
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Cut a tile into its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+@no_type_check
+def _values(memory_value, first_slot, channels, num_slots, num_value_channels, SLOTS: tl.constexpr):
+    """Load a tile of M_v, [SLOTS, BLOCK_C]."""
+    slots = first_slot + tl.arange(0, SLOTS)
+    return tl.load(
+        memory_value + slots[:, None] * num_value_channels + channels[None, :],
+        mask=(slots < num_slots)[:, None] & (channels < num_value_channels)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+@no_type_check
+def _weighted_values(
+    weights,  # [BLOCK_N, BLOCK_S]
+    memory_value,
+    channels,  # [BLOCK_C]
+    num_slots,
+    num_value_channels,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """Multiply weights with a slice of channels of M_v, [BLOCK_N, BLOCK_C].
+
+    Without tensor cores float32 is added slot by slot: four short sums lose less than one.
+    """
+    zeros = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+    if IN_PARTS:
+        PART: tl.constexpr = BLOCK_S // 4
+        left, right = _halves(weights, BLOCK_N, BLOCK_S)
+        part_0, part_1 = _halves(left, BLOCK_N, BLOCK_S // 2)
+        part_2, part_3 = _halves(right, BLOCK_N, BLOCK_S // 2)
+        values_0 = _values(memory_value, 0, channels, num_slots, num_value_channels, PART)
+        values_1 = _values(memory_value, PART, channels, num_slots, num_value_channels, PART)
+        values_2 = _values(memory_value, 2 * PART, channels, num_slots, num_value_channels, PART)
+        values_3 = _values(memory_value, 3 * PART, channels, num_slots, num_value_channels, PART)
+        mixed = _dot(part_0, values_0, zeros) + _dot(part_1, values_1, zeros)
+        mixed += _dot(part_2, values_2, zeros) + _dot(part_3, values_3, zeros)
+    else:
+        values = _values(memory_value, 0, channels, num_slots, num_value_channels, BLOCK_S)
+        mixed = _dot(weights, values, zeros)
+    return mixed
+
+
+@triton.jit
+@no_type_check
+def _statistics_of_block(
+    logits,
+    valid,
+    statistics,
+    pair,
+    num_pairs,
+    num_slots,
+    BLOCK_S: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    """Return largest logit and sum of exponentials, [BLOCK_S]; zeros where the norm has none."""
+    largest = tl.zeros([BLOCK_S], dtype=tl.float32)
+    sums = largest
+    if ALONE:
+        largest, sums = _tile_statistics(logits, valid)
+        largest, sums = _finish_statistics(largest, sums)
+        _store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
+    elif DOUBLE:
+        largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
+        sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
+    return largest, sums
+
+
+@triton.jit
+@no_type_check
+def mix(
     x,  # (B, N, H * C), any strides
     memory_key,  # (S, C)
     memory_value,  # (S, V)
@@ -349,7 +447,8 @@ def attend(
     value_bias,  # (V) or None
     mask,  # (B, N) or None
     seed,  # (1) or None
-    statistics,  # (2, B * H, S) or None: largest logit, sum of exponentials
+    kept_logits,  # (B * H, N, S) float32, or None where they are computed here
+    statistics,  # (2, B * H, S) or None; read, or written where ALONE
     out,  # (B, N, H * V), any strides
     attention_out,  # (B, H, N, S) or None
     denominator_out,  # (B, H, N) or None
@@ -372,155 +471,73 @@ def attend(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DOUBLE: tl.constexpr,
+    ALONE: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    LONG: tl.constexpr,
 ):
-    """Attend from a block of tokens that needs no other: "softmax", or a pair of a single block."""
+    """Normalize the logits of a block of tokens and mix the memory values.
+
+    A block that is ALONE holds all tokens of its pair and finds their statistics itself.
+    """
     program = tl.program_id(0).to(tl.int64)
     pair = program // num_blocks
     sample = pair // num_heads
-    tokens = (program % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    head = pair % num_heads
+    start = (program % num_blocks) * BLOCK_N
+    tokens = start + tl.arange(0, BLOCK_N)
+    in_range = tokens < num_tokens
     valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
-    rows = x + sample * stride_xb + (pair % num_heads) * num_channels * stride_xc
-    logits = _tile_product(
-        rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots, num_channels,
-        BLOCK_N, BLOCK_S, BLOCK_C,
-    )  # fmt: skip
-    largest = tl.zeros([BLOCK_S], dtype=tl.float32)
-    sums = largest + 1.0
-    if DOUBLE:
-        largest, sums = _tile_statistics(logits, valid)
-        largest, sums = _finish_statistics(largest, sums)
-        _store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
-    _mix_values(
-        logits, largest, sums, valid, tokens, rows, memory_value, key_bias, value_bias, seed,
-        out, attention_out, denominator_out, pair, num_heads, num_tokens, num_tokens, num_slots,
-        num_value_channels, stride_xn, stride_xc, stride_ob, stride_on, stride_oc, log_eps, dropout,
-        BLOCK_N, BLOCK_S, BLOCK_C, DOUBLE, RESIDUAL,
-    )  # fmt: skip
-
-
-@triton.jit
-@no_type_check
-def attend_in_order(
-    x,  # (B, N, H * C), any strides
-    memory_key,  # (S, C)
-    memory_value,  # (S, V)
-    value_bias,  # (V) or None
-    mask,  # (B, N) or None
-    seed,  # (1) or None
-    kept_logits,  # (B * H, N, S) float32, or None where they are computed twice
-    partial,  # (2, B * H * num_splits, S): largest logit, sum of exponentials
-    statistics,  # (2, B * H, S): the same of all tokens
-    progress,  # (1 + 2 * B * H) zeros: tickets given out; of each pair, parts done; pairs done
-    out,  # (B, N, H * V), any strides
-    attention_out,  # (B, H, N, S) or None
-    denominator_out,  # (B, H, N) or None
-    num_pairs,
-    num_heads,
-    num_tokens,
-    num_slots,
-    num_channels,
-    num_value_channels,
-    stride_xb,
-    stride_xn,
-    stride_xc,
-    stride_ob,
-    stride_on,
-    stride_oc,
-    num_splits,
-    tokens_per_split,
-    pairs_per_group,
-    num_groups,
-    log_eps,
-    dropout,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_MIX: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """Attend with the double normalization: both passes over x in one launch.
-
-    A program draws a ticket and does one part of one pass. Tickets run through groups of pairs,
-
-        statistics of group 0, of group 1, mix group 0, statistics of group 2, mix group 1, ...
-
-    so the second pass over a group follows the first while what it reads again, the logits or x, is
-    in the cache of the device. To mix, a program waits for the statistics of its pair.
-    Those belong to earlier tickets, drawn by programs that run and do not wait, so the wait ends.
-    """
-    ticket = tl.atomic_add(progress, 1, sem="relaxed").to(tl.int64)
-    group_size = pairs_per_group * num_splits
-    phase = ticket // group_size
-    final = phase == 2 * num_groups - 1
-    mixes = final | ((phase > 0) & (phase % 2 == 0))
-    group = tl.where(mixes, phase // 2 - 1, (phase + 1) // 2)
-    group = tl.where(final, num_groups - 1, group)
-    place = ticket % group_size
-    pair = group * pairs_per_group + place // num_splits
-    split = place % num_splits
-    if pair < num_pairs:
-        sample = pair // num_heads
-        rows = x + sample * stride_xb + (pair % num_heads) * num_channels * stride_xc
-        first = split * tokens_per_split
-        last = tl.minimum(first + tokens_per_split, num_tokens)
-        parts_done = progress + 1 + pair
-        pair_done = parts_done + num_pairs
-        if mixes:
-            while tl.atomic_add(pair_done, 0, sem="acquire") == 0:
-                pass
-            largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
-            sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
-            for start in range(first, last, BLOCK_MIX):
-                tokens = start + tl.arange(0, BLOCK_MIX).to(tl.int64)
-                valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-                if kept_logits is not None:
-                    logits = tl.load(
-                        kept_logits + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
-                        mask=_map_inside(tokens, last, num_slots, BLOCK_S),
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                else:
-                    logits = _tile_product(
-                        rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots,
-                        num_channels, BLOCK_MIX, BLOCK_S, BLOCK_C,
-                    )  # fmt: skip
-                _mix_values(
-                    logits, largest, sums, valid, tokens, rows, memory_value, None, value_bias,
-                    seed, out, attention_out, denominator_out, pair, num_heads, num_tokens, last,
-                    num_slots, num_value_channels, stride_xn, stride_xc, stride_ob, stride_on,
-                    stride_oc, log_eps, dropout, BLOCK_MIX, BLOCK_S, BLOCK_C, True, RESIDUAL,
-                )  # fmt: skip
-        else:
-            largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([BLOCK_S], dtype=tl.float32)
-            for start in range(first, last, BLOCK_N):
-                tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-                valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-                logits = _tile_product(
-                    rows, memory_key, tokens, valid, stride_xn, stride_xc, num_slots,
-                    num_channels, BLOCK_N, BLOCK_S, BLOCK_C,
-                )  # fmt: skip
-                if kept_logits is not None:
-                    tl.store(
-                        kept_logits + _map_position(pair, tokens, num_tokens, num_slots, BLOCK_S),
-                        logits,
-                        mask=_map_inside(tokens, last, num_slots, BLOCK_S),
-                    )
-                tile_largest, tile_total = _tile_statistics(logits, valid)
-                largest, total = _join_statistics(largest, total, tile_largest, tile_total)
-            _store_statistics(
-                partial, largest, total, pair * num_splits + split, num_pairs * num_splits,
-                num_slots, BLOCK_S,
-            )  # fmt: skip
-            # all threads have written before one of them says so
-            tl.debug_barrier()
-            if tl.atomic_add(parts_done, 1, sem="acq_rel") == num_splits - 1:
-                largest, total = _combine_parts(
-                    partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
-                )
-                _store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
-                tl.debug_barrier()
-                tl.atomic_add(pair_done, 1, sem="release")
+    rows = x + sample * stride_xb + head * num_channels * stride_xc
+    inside_map = _map_inside(tokens, num_tokens, num_slots, BLOCK_S)
+    if kept_logits is not None:
+        logits = tl.load(
+            _map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            mask=inside_map,
+            other=0.0,
+        )
+    else:
+        logits = _tile_product(
+            rows, memory_key, start, valid, stride_xn, stride_xc, num_slots, num_channels,
+            BLOCK_N, BLOCK_S, BLOCK_C, LONG,
+        )  # fmt: skip
+    largest, sums = _statistics_of_block(
+        logits, valid, statistics, pair, num_pairs, num_slots, BLOCK_S, DOUBLE, ALONE
+    )
+    attention, denominator = _normalize(
+        logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
+    )
+    if denominator_out is not None:
+        tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=in_range)
+    if attention_out is not None:
+        tl.store(
+            _map_pointers(attention_out, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            attention.to(attention_out.dtype.element_ty),
+            mask=inside_map,
+        )
+    if seed is not None:
+        attention *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
+    weights = attention.to(memory_value.dtype.element_ty)
+    out_rows = out + sample * stride_ob + head * num_value_channels * stride_oc
+    for first in range(0, num_value_channels, BLOCK_C):
+        channels = first + tl.arange(0, BLOCK_C)
+        exists = channels < num_value_channels
+        mixed = _weighted_values(
+            weights, memory_value, channels, num_slots, num_value_channels,
+            BLOCK_N, BLOCK_S, BLOCK_C, IN_PARTS,
+        )  # fmt: skip
+        if value_bias is not None:
+            bias = tl.load(value_bias + channels, mask=exists, other=0.0).to(tl.float32)
+            mixed += tl.where(valid[:, None], bias[None, :], 0.0)
+        inside = in_range[:, None] & exists[None, :]
+        if RESIDUAL:
+            mixed += tl.load(
+                _tile_pointers(rows, start, first, stride_xn, stride_xc, BLOCK_N, BLOCK_C, LONG),
+                mask=inside,
+                other=0.0,
+            ).to(tl.float32)
+        tl.store(
+            _tile_pointers(out_rows, start, first, stride_on, stride_oc, BLOCK_N, BLOCK_C, LONG),
+            mixed.to(out.dtype.element_ty),
+            mask=inside,
+        )

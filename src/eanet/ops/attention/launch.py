@@ -62,12 +62,14 @@ class Tiling:
         block_channels: channels of a tile; a power of two from 16.
         num_warps: warps of a program.
         num_stages: tiles that are on their way from memory while one is multiplied, and that one.
+        max_registers: of a thread; fewer let more programs run at a time. ``None`` for any number.
     """
 
     block_tokens: int
     block_channels: int
     num_warps: int
     num_stages: int = 3
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,20 @@ class Tilings:
     """A tiling for each kernel, and into how many parts sums over the tokens are cut.
 
     Attributes:
-        attend: of the forward kernels.
+        statistics: of the first kernel forward.
+        mix: of the second.
         attention_gradient: of the first kernel backward.
-        operand_gradient: of the others.
-        mix_tokens: tokens of a tile in the second pass forward, at most those of the first.
+        operand_gradient: of the other two.
         num_programs: about how many programs share a sum over tokens in the backward pass.
         most_splits: in how many parts the tokens of a pair are cut at most in the forward pass.
-        least_group: parts that one pass covers before the other takes its turn, at least.
     """
 
-    attend: Tiling
+    statistics: Tiling
+    mix: Tiling
     attention_gradient: Tiling
     operand_gradient: Tiling
-    mix_tokens: int
     num_programs: int
     most_splits: int = 512
-    least_group: int = 1
 
 
 def _power_of_two(number: int, smallest: int, largest: int) -> int:
@@ -145,14 +145,12 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
     if x.is_cuda:
         properties = cast("Any", torch.cuda.get_device_properties)(x.device)
         multiprocessors = int(properties.multi_processor_count)
-    backward = tiling(4096, 2048)
-    # a pair of one block needs no second pass
-    attend = tiling(8192, 8192, one_block=block_slots <= 64 and x.shape[1] <= 256)
     return Tilings(
-        attend=attend,
-        mix_tokens=min(128, attend.block_tokens),
-        attention_gradient=backward,
-        operand_gradient=backward,
+        statistics=tiling(8192, 8192),
+        # a pair of one block needs no pass before this one
+        mix=tiling(8192, 8192, one_block=block_slots <= 64 and x.shape[1] <= 256),
+        attention_gradient=tiling(4096, 2048),
+        operand_gradient=tiling(4096, 2048),
         num_programs=4 * multiprocessors,
     )
 
@@ -165,14 +163,26 @@ def _split_tokens(num_tokens: int, wanted: int, block_tokens: int) -> tuple[int,
     return num_splits, blocks_per_split * block_tokens
 
 
-def _launch_options(tiling: Tiling, num_slots: int) -> dict[str, Any]:
-    """Return the compile-time arguments that all kernels over tokens take."""
+def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[str, Any]:
+    """Return the compile-time arguments that all kernels over tokens take.
+
+    Args:
+        tiling: of the kernel.
+        num_slots: S.
+        tensors: with tokens that the kernel reads or writes.
+    """
+    farthest = max(
+        tiling.block_tokens * tensor.stride(1) + tiling.block_channels * tensor.stride(2)
+        for tensor in tensors
+    )
     return {
+        "LONG": farthest >= 2**31,
         "BLOCK_N": tiling.block_tokens,
         "BLOCK_S": _block_slots(num_slots),
         "BLOCK_C": tiling.block_channels,
         "num_warps": tiling.num_warps,
         "num_stages": tiling.num_stages,
+        **({} if tiling.max_registers is None else {"maxnreg": tiling.max_registers}),
     }
 
 
@@ -196,7 +206,7 @@ def forward(
     denominator: Tensor | None = None,
     tilings: Tilings | None = None,
 ) -> Tensor | None:
-    """Run the forward kernel, writing ``out`` and, where wanted, what the backward pass reads.
+    """Run the forward kernels, writing ``out`` and, where wanted, what the backward pass reads.
 
     Args:
         x: tokens (B, N, H * C), any strides.
@@ -219,49 +229,40 @@ def forward(
     num_slots, num_channels = memory_key.shape
     num_value_channels = memory_value.shape[1]
     tilings = tilings or choose_tilings(x, num_slots, max(num_channels, num_value_channels))
-    tiling = tilings.attend
     memory_key, memory_value = (m.to(x.dtype).contiguous() for m in (memory_key, memory_value))
-    value_bias = _operand(value_bias, torch.float32)
     mask = None if mask is None else mask.contiguous()
     num_pairs = batch * problem.num_heads
-    num_blocks = triton.cdiv(num_tokens, tiling.block_tokens)
-    sizes = (
-        num_pairs, problem.num_heads, num_tokens, num_slots, num_channels, num_value_channels,
-        *x.stride(), *out.stride(),
-    )  # fmt: skip
-    options = _launch_options(tiling, num_slots)
-    statistics = None
+    num_blocks = triton.cdiv(num_tokens, tilings.mix.block_tokens)
+    alone = problem.double and num_blocks == 1
+    sizes = (num_pairs, problem.num_heads, num_tokens, num_slots, num_channels)
+    statistics = kept_logits = None
     if problem.double:
         statistics = x.new_empty((2, num_pairs, num_slots), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        if statistics is None or num_blocks == 1:
-            kernels.attend[(num_pairs * num_blocks,)](
-                x, memory_key, memory_value, _operand(key_bias, torch.float32), value_bias, mask,
-                seed, statistics, out, attention, denominator, *sizes,
-                num_blocks, problem.log_eps, problem.dropout,
-                DOUBLE=problem.double, RESIDUAL=problem.residual, **options,
+        if statistics is not None and not alone:
+            # written and read once, or x read once more: whichever moves fewer bytes
+            if 2 * num_slots * 4 < num_channels * x.itemsize:
+                kept_logits = x.new_empty((num_pairs, num_tokens, num_slots), dtype=torch.float32)
+            num_splits, tokens_per_split = _split_tokens(
+                num_tokens, tilings.most_splits, tilings.statistics.block_tokens
+            )
+            options = _launch_options(tilings.statistics, num_slots, x)
+            kernels.token_statistics[(num_pairs * num_splits,)](
+                x, memory_key, mask, kept_logits,
+                x.new_empty((2, num_pairs * num_splits, num_slots), dtype=torch.float32),
+                statistics, torch.zeros(num_pairs, dtype=torch.int32, device=x.device),
+                *sizes, *x.stride(), num_splits, tokens_per_split,
+                BLOCK_SPLITS=_power_of_two(num_splits, 1, 1024 // options["BLOCK_S"]), **options,
             )  # fmt: skip
-            return statistics
-        num_splits, tokens_per_split = _split_tokens(
-            num_tokens, tilings.most_splits, tiling.block_tokens
-        )
-        pairs_per_group = min(num_pairs, triton.cdiv(tilings.least_group, num_splits))
-        num_groups = triton.cdiv(num_pairs, pairs_per_group)
-        # written and read once, or x read once more: whichever moves fewer bytes
-        kept_logits = None
-        if 2 * num_slots * 4 < num_channels * x.itemsize:
-            kept_logits = x.new_empty((num_pairs, num_tokens, num_slots), dtype=torch.float32)
-        partial = x.new_empty((2, num_pairs * num_splits, num_slots), dtype=torch.float32)
-        progress = torch.zeros(1 + 2 * num_pairs, dtype=torch.int32, device=x.device)
-        kernels.attend_in_order[(2 * num_groups * pairs_per_group * num_splits,)](
-            x, memory_key, memory_value, value_bias, mask, seed, kept_logits, partial,
-            statistics, progress,
-            out, attention, denominator, *sizes, num_splits, tokens_per_split,
-            pairs_per_group, num_groups,
-            problem.log_eps, problem.dropout,
-            BLOCK_MIX=min(tilings.mix_tokens, tiling.block_tokens),
-            BLOCK_SPLITS=_power_of_two(num_splits, 1, 4096 // options["BLOCK_S"]),
-            RESIDUAL=problem.residual, **options,
+        options = _launch_options(tilings.mix, num_slots, x, out)
+        kernels.mix[(num_pairs * num_blocks,)](
+            x, memory_key, memory_value,
+            _operand(key_bias, torch.float32), _operand(value_bias, torch.float32), mask, seed,
+            kept_logits, statistics, out, attention, denominator,
+            *sizes, num_value_channels, *x.stride(), *out.stride(),
+            num_blocks, problem.log_eps, problem.dropout,
+            DOUBLE=problem.double, ALONE=alone, RESIDUAL=problem.residual,
+            IN_PARTS=x.dtype == torch.float32 and options["BLOCK_S"] >= 64, **options,
         )  # fmt: skip
     return statistics
 
@@ -325,16 +326,17 @@ def backward(
     partial_sums = partial.new_empty((num_runs, sum(lengths)))
     partial_key, *partial_values = torch.split(partial_sums, lengths, dim=1)
     with torch.cuda.device_of(x):
+        options = _launch_options(tiling, num_slots, x, grad_out)
         gradient_kernels.attention_gradient[(num_pairs * num_splits,)](
             x, grad_out, grad_attention, memory_key, memory_value,
             _operand(key_bias, torch.float32), mask, seed, statistics,
             attention, denominator, weighted, partial,
             num_pairs, *sizes, *x.stride(), *grad_out.stride(),
             num_splits, tokens_per_split, problem.log_eps, problem.dropout,
-            DOUBLE=problem.double, KEPT=kept is not None, **_launch_options(tiling, num_slots),
+            DOUBLE=problem.double, KEPT=kept is not None, **options,
         )  # fmt: skip
         weighted_sum = partial.sum(1)
-        options = _launch_options(sums_tiling, num_slots)
+        options = _launch_options(sums_tiling, num_slots, x, grad_out, grad_x)
         key_slices, value_slices = (
             triton.cdiv(number, sums_tiling.block_channels)
             for number in (num_channels, num_value_channels)
