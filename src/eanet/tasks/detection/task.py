@@ -179,6 +179,8 @@ class DetectionTask:
         self, found: Mapping[str, Tensor], size: tuple[int, int], original: tuple[int, int]
     ) -> list[dict[str, Any]]:
         """Return the detections of one image."""
+        # few and small: on a GPU every one of the many steps of pasting a mask would be waited for
+        found = {key: value.cpu() for key, value in found.items()}
         corners = to_original(found["boxes"].float(), size, original)
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
         entries: list[dict[str, Any]] = [
@@ -192,7 +194,7 @@ class DetectionTask:
                 entries, found["mask_probabilities"].float(), corners, strict=True
             ):
                 mask = paste_masks(probabilities[None], box[None], original)[0]
-                entry["segmentation"] = encode_mask(mask.cpu().numpy())
+                entry["segmentation"] = encode_mask(mask.numpy())
         return entries
 
     # prediction
