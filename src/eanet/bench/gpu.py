@@ -41,18 +41,18 @@ __all__ = ["bandwidth", "compare_with_compiled", "format_bandwidth", "format_swe
 
 #: (batch, channels, height, width) that the targets are stated for
 BLOCK = (8, 512, 128, 128)
-#: (batch, tokens, channels): a classifier's, a segmentation network's, and long ones
+#: (batch, tokens, channels): few tokens, a segmentation network's, a classifier's, and long ones
 SWEEP = (
-    (64, 197, 384),
     (1, 256, 256),
-    (1, 1024, 256),
-    (1, 4096, 256),
-    (8, 4096, 512),
-    (1, 16_384, 512),
     (8, 16_384, 512),
-    (1, 65_536, 256),
-    (1, 262_144, 256),
+    (64, 197, 384),
     (1, 1_048_576, 256),
+    (1, 4096, 256),
+    (1, 16_384, 512),
+    (8, 4096, 512),
+    (1, 65_536, 256),
+    (1, 1024, 256),
+    (1, 262_144, 256),
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -35,7 +35,7 @@ def _recipe(model: str) -> Recipe:
         optim=_GENERATOR,
         optim_by_network={"critic": replace(_GENERATOR, lr=4e-4)},
         schedule=ScheduleSpec(name="constant"),
-        train=TrainSpec(steps=1000, ema_decay=0.995, evaluate_every=250),
+        train=TrainSpec(steps=700, ema_decay=0.995, evaluate_every=350),
     )
 
 

@@ -47,7 +47,8 @@ SMALL = launch.Tilings(
     statistics=_TILING,
     mix=replace(_TILING, block_tokens=32),
     attention_gradient=_TILING,
-    operand_gradient=replace(_TILING, block_tokens=32),
+    key_gradient=_TILING,
+    value_gradient=replace(_TILING, block_tokens=32),
     num_programs=6,
     most_splits=2,
 )

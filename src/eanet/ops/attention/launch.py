@@ -80,7 +80,8 @@ class Tilings:
         statistics: of the first kernel forward.
         mix: of the second.
         attention_gradient: of the first kernel backward.
-        operand_gradient: of the other two.
+        key_gradient: of the second.
+        value_gradient: of the third.
         num_programs: about how many programs share a sum over tokens in the backward pass.
         most_splits: in how many parts the tokens of a pair are cut at most in the forward pass.
     """
@@ -88,7 +89,8 @@ class Tilings:
     statistics: Tiling
     mix: Tiling
     attention_gradient: Tiling
-    operand_gradient: Tiling
+    key_gradient: Tiling
+    value_gradient: Tiling
     num_programs: int
     most_splits: int = 512
 
@@ -123,35 +125,44 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
         ValueError: more than 256 slots.
     """
     block_slots = _block_slots(num_slots)
-    widest = 64
-    factor = 1
-    if x.dtype == torch.float32:  # no tensor cores: tiles are held in registers
-        factor, widest = 2, 32
-    if block_slots == MAX_SLOTS:
-        widest //= 2
 
-    def tiling(tile_entries: int, warps_from: int, *, one_block: bool = False) -> Tiling:
-        most = max(16, min(128, tile_entries // factor // block_slots))
-        if one_block:
-            most = 256
-        block_tokens = _power_of_two(x.shape[1], 16, most)
+    def tiling(block_tokens: int, block_channels: int, num_stages: int = 3) -> Tiling:
+        # stated for 64 slots; tiles with more of them have fewer tokens
+        block_tokens = min(block_tokens, max(16, 64 * block_tokens // block_slots))
+        if block_slots == MAX_SLOTS:
+            block_channels //= 2
+        block_tokens = _power_of_two(x.shape[1], 16, block_tokens)
         return Tiling(
             block_tokens=block_tokens,
-            block_channels=_power_of_two(num_channels, 16, widest),
-            num_warps=8 if block_tokens * block_slots >= warps_from else 4,
+            block_channels=_power_of_two(num_channels, 16, block_channels),
+            num_warps=8 if block_tokens * block_slots > 8192 else 4,
+            num_stages=num_stages,
         )
 
     multiprocessors = 1
     if x.is_cuda:
         properties = cast("Any", torch.cuda.get_device_properties)(x.device)
         multiprocessors = int(properties.multi_processor_count)
+    # a pair of one block needs no pass before the second
+    alone = block_slots <= 64 and x.shape[1] <= 256
+    if x.dtype == torch.float32:  # no tensor cores: tiles are held in registers
+        general = tiling(64, 32)
+        return Tilings(
+            statistics=general,
+            mix=tiling(256, 32) if alone else general,
+            attention_gradient=general,
+            key_gradient=general,
+            value_gradient=general,
+            num_programs=2 * multiprocessors,
+        )
+    # the fastest of ``python -m eanet.bench.tilings`` on an H200 at 8 x 512 x 128 x 128
     return Tilings(
-        statistics=tiling(8192, 8192),
-        # a pair of one block needs no pass before this one
-        mix=tiling(8192, 8192, one_block=block_slots <= 64 and x.shape[1] <= 256),
-        attention_gradient=tiling(4096, 2048),
-        operand_gradient=tiling(4096, 2048),
-        num_programs=4 * multiprocessors,
+        statistics=tiling(128, 64, num_stages=4),
+        mix=tiling(256 if alone else 64, 64),
+        attention_gradient=tiling(128, 64),
+        key_gradient=tiling(64, 128),
+        value_gradient=tiling(128, 64),
+        num_programs=2 * multiprocessors,
     )
 
 
@@ -161,6 +172,34 @@ def _split_tokens(num_tokens: int, wanted: int, block_tokens: int) -> tuple[int,
     blocks_per_split = triton.cdiv(num_blocks, max(1, min(wanted, num_blocks)))
     num_splits = triton.cdiv(num_blocks, blocks_per_split)
     return num_splits, blocks_per_split * block_tokens
+
+
+@dataclass(frozen=True)
+class _TokenBlocks:
+    """Token blocks of all pairs, of which a program does a run, and slices of channels.
+
+    Attributes:
+        num_slices: slices of channels.
+        per_pair: blocks of one pair.
+        total: blocks of all pairs.
+    """
+
+    num_slices: int
+    per_pair: int
+    total: int
+
+    @classmethod
+    def of(
+        cls, tiling: Tiling, num_tokens: int, num_pairs: int, num_channels: int
+    ) -> "_TokenBlocks":
+        """Count the blocks of a tiling."""
+        per_pair = triton.cdiv(num_tokens, tiling.block_tokens)
+        num_slices = triton.cdiv(num_channels, tiling.block_channels)
+        return cls(num_slices, per_pair, per_pair * num_pairs)
+
+    def arguments(self, num_runs: int) -> tuple[int, int, int, int]:
+        """Return what a kernel is told, the blocks of a run last; the last runs may be empty."""
+        return self.num_slices, self.per_pair, self.total, triton.cdiv(self.total, num_runs)
 
 
 def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[str, Any]:
@@ -314,13 +353,17 @@ def backward(
     else:
         attention, denominator = kept
     partial = x.new_empty((num_pairs, num_splits, num_slots), dtype=torch.float32)
-    sums_tiling = tilings.operand_gradient
-    num_blocks = triton.cdiv(num_tokens, sums_tiling.block_tokens)
-    total_blocks = num_pairs * num_blocks
-    num_slices = triton.cdiv(widest, sums_tiling.block_channels)
-    blocks_per_run = triton.cdiv(total_blocks, max(1, tilings.num_programs // num_slices))
-    num_runs = triton.cdiv(total_blocks, blocks_per_run)
-    runs = (num_blocks, total_blocks, blocks_per_run)
+    key_blocks = _TokenBlocks.of(tilings.key_gradient, num_tokens, num_pairs, num_channels)
+    value_blocks = _TokenBlocks.of(
+        tilings.value_gradient, num_tokens, num_pairs, num_value_channels
+    )
+    num_runs = max(
+        1,
+        min(
+            tilings.num_programs // max(key_blocks.num_slices, value_blocks.num_slices),
+            key_blocks.total,
+        ),
+    )
     # gradients of both memories and of the bias in one row, so that one sum over programs does
     lengths = [num_slots * num_channels, num_slots * num_value_channels, num_value_channels]
     partial_sums = partial.new_empty((num_runs, sum(lengths)))
@@ -336,23 +379,19 @@ def backward(
             DOUBLE=problem.double, KEPT=kept is not None, **options,
         )  # fmt: skip
         weighted_sum = partial.sum(1)
-        options = _launch_options(sums_tiling, num_slots, x, grad_out, grad_x)
-        key_slices, value_slices = (
-            triton.cdiv(number, sums_tiling.block_channels)
-            for number in (num_channels, num_value_channels)
-        )
-        gradient_kernels.value_gradient[(num_runs * value_slices,)](
+        gradient_kernels.value_gradient[(num_runs * value_blocks.num_slices,)](
             grad_out, mask, seed, attention, *partial_values, partial_sums.stride(0),
             problem.num_heads, num_tokens, num_slots, num_value_channels, *grad_out.stride(),
-            value_slices, *runs, problem.dropout, **options,
+            *value_blocks.arguments(num_runs), problem.dropout,
+            **_launch_options(tilings.value_gradient, num_slots, grad_out),
         )  # fmt: skip
-        gradient_kernels.key_gradient[(num_runs * key_slices,)](
+        gradient_kernels.key_gradient[(num_runs * key_blocks.num_slices,)](
             x, grad_out, memory_key, mask, attention, denominator, weighted, weighted_sum,
             grad_x, partial_key, partial_sums.stride(0),
             problem.num_heads, num_tokens, num_slots, num_channels,
-            *x.stride(), *grad_out.stride(), *grad_x.stride(), key_slices, *runs,
+            *x.stride(), *grad_out.stride(), *grad_x.stride(), *key_blocks.arguments(num_runs),
             DOUBLE=problem.double, RESIDUAL=problem.residual, SCALED=x.dtype == torch.float16,
-            **options,
+            **_launch_options(tilings.key_gradient, num_slots, x, grad_out, grad_x),
         )  # fmt: skip
     # under "double" the bias cancels: its gradient is zero, without rounding
     grad_bias = torch.zeros_like(weighted_sum[0]) if problem.double else weighted_sum.sum(0)
