@@ -1,6 +1,6 @@
 """Time of each Triton kernel under many tilings, to choose those of ``ops/attention/launch.py`` by.
 
-    python -m eanet.bench.tilings --shape 8 512 128 128 --layout "tokens last"
+    eanet bench tilings --shape 8 512 128 128 --layout "tokens last"
 
 All kernels are compiled first, in as many processes as the machine has cores. Times are those that
 the GPU itself records for each kernel: launching them does not count.
@@ -127,7 +127,7 @@ def time_kernels(operands: Sequence[Tensor], tilings: "Tilings") -> dict[str, fl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m eanet.bench.tilings",
+        prog="eanet bench tilings",
         description="Time of each Triton kernel under many tilings, on a GPU.",
     )
     parser.add_argument(

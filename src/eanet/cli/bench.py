@@ -9,7 +9,8 @@ models: whole networks in the paper's form, ours, folded, beside those of timm;
 ops: functions and layers at growing numbers of tokens, beside the limit of the machine;
 points: sampling and point cloud classifiers, in the form of PCT's published code and ours;
 segmentation: a segmentation network part by part, and the loader beside it;
-streaming: ten million tokens and more in constant memory.
+streaming: ten million tokens and more in constant memory;
+tilings: the Triton kernels under many tilings, on a GPU.
 
 Examples:
   eanet bench block --large-pages
@@ -33,6 +34,7 @@ MEASUREMENTS = {
     "points": "eanet.bench.points",
     "segmentation": "eanet.bench.segmentation",
     "streaming": "eanet.bench.streaming",
+    "tilings": "eanet.bench.tilings",
 }
 
 

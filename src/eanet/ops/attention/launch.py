@@ -155,7 +155,7 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
             value_gradient=general,
             num_programs=2 * multiprocessors,
         )
-    # the fastest of ``python -m eanet.bench.tilings`` on an H200 at 8 x 512 x 128 x 128
+    # the fastest of ``eanet bench tilings`` on an H200 at 8 x 512 x 128 x 128
     return Tilings(
         statistics=tiling(128, 64, num_stages=4),
         mix=tiling(256 if alone else 64, 64),

@@ -1,0 +1,30 @@
+"""The search for tilings of the Triton kernels; timing itself needs a GPU."""
+
+import pytest
+import torch
+
+from eanet.bench import tilings
+from eanet.errors import UserError
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+
+
+def test_candidates_begin_with_what_is_chosen_and_fit_a_program():
+    launch = pytest.importorskip("eanet.ops.attention.launch", reason="needs Triton")
+    x = torch.empty(1, 4096, 512, dtype=torch.bfloat16)
+    chosen = launch.choose_tilings(x, 64, 512)
+    found = list(tilings.candidates(chosen, x.itemsize))
+    assert found[0] == chosen
+    assert len(set(found)) == len(found) > 50
+    for candidate in found[1:]:
+        tile = candidate.mix
+        # tiles of tokens and of a memory on their way, within the shared memory of a program
+        num_bytes = (tile.block_tokens + 64) * tile.block_channels * x.itemsize * tile.num_stages
+        assert num_bytes <= 232_448
+        assert candidate.key_gradient == candidate.statistics == tile
+
+
+@without_gpu
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(UserError, match="cuda"):
+        tilings.main([])
