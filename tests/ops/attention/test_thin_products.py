@@ -48,10 +48,14 @@ def test_products_equal_those_in_float64(shape, layout, library, monkeypatch):
         expected = back.double() @ rows.double() + (0 if base is None else base.double())
         out = empty_map(source, shape[1])
         assert is_token_major(out) == is_token_major(source) or shape[2] == 1
-        assert map_from_rows(back, rows, base=base, relu=relu, out=out) is out
-        assert_close(out, expected.relu() if relu else expected)
+        given = map_from_rows(back, rows, like=source, base=base, relu=relu, out=out)
+        assert given is out
+        fresh = map_from_rows(back, rows, like=source, base=base, relu=relu)
+        assert is_token_major(fresh) == is_token_major(out)
+        for result in (given, fresh):
+            assert_close(result, expected.relu() if relu else expected)
     own = source.clone(memory_format=torch.preserve_format)
-    map_from_rows(back, rows, base=own, relu=True, out=own)
+    map_from_rows(back, rows, like=own, base=own, relu=True, out=own)
     assert_close(own, expected.relu())
 
 
@@ -63,4 +67,4 @@ def test_large_products_go_to_onednn(monkeypatch):
         source = feature_map((1, 64, 20_000), layout)
         rows = rows_from_map(torch.randn(16, 64), source)
         sum_over_tokens(rows, source)
-        map_from_rows(torch.randn(64, 16), rows, base=source, out=empty_map(source, 64))
+        map_from_rows(torch.randn(64, 16), rows, like=source, base=source)

@@ -41,6 +41,10 @@ __all__ = [
 #: tokens whose products are summed at once: sums of parts round less than one long sum
 _MOMENT_TOKENS = 1 << 12
 
+#: entries of a map below which memory of its own for the attention costs less than a second buffer
+#: of the size of the map
+_FEW_ENTRIES = 1 << 19
+
 
 class BlockOptions(NamedTuple):
     """What the block does, apart from its tensors."""
@@ -202,9 +206,8 @@ def forward_pass(
         weight = torch.cat([weight, bias.to(x.dtype).unsqueeze(1)], dim=1)
     rows = buffer.to(x.dtype)
     assert weight.shape[1] == num_slots + (bias is not None)
-    if out is None:
-        out = empty_map(x, weight.shape[0])
-    map_from_rows(weight, rows, base=x if options.residual else None, relu=options.relu, out=out)
+    base = x if options.residual else None
+    out = map_from_rows(weight, rows, like=x, base=base, relu=options.relu, out=out)
     return ForwardPass(out, mean, variance, rows, weight, denominator, moments)
 
 
@@ -224,6 +227,7 @@ def inference_pass(
         or options.norm != "double"
         or options.batch_norm_eps is not None
         or not eager.eps_dominates_underflow(options.eps, dtype)
+        or (out is None and x.numel() <= _FEW_ENTRIES)
     ):
         return forward_pass(operands, options, out)
     weight, bias, mask = operands.value.to(x.dtype), operands.bias, operands.mask
@@ -242,6 +246,7 @@ def inference_pass(
         map_from_rows(
             weight,
             rows.to(x.dtype),
+            like=x,
             base=x[..., part] if options.residual else None,
             relu=options.relu,
             out=out[..., part],
@@ -323,8 +328,9 @@ def _fast_backward(
     if x_wanted:
         key = operands.key.to(x.dtype).t().contiguous()
         # the rectified gradient is our own and is overwritten
-        grad_x = grad if options.residual and grad is not grad_out else empty_map(x, x.shape[1])
-        map_from_rows(key, grad_logits, base=grad if options.residual else None, out=grad_x)
+        own = grad if options.residual and grad is not grad_out else None
+        base = grad if options.residual else None
+        grad_x = map_from_rows(key, grad_logits, like=x, base=base, out=own)
     gradients = [grad_x, grad_key, grad_value, grad_key_bias, grad_bias, grad_scale]
     return [
         None if tensor is None or gradient is None else gradient.to(tensor.dtype)

@@ -13,6 +13,7 @@ processors leaves half of their width unused. The operator is the one that induc
 is missing, ``torch.mm`` gives the same up to rounding (``docs/decisions/0013-thin-products.md``).
 """
 
+import math
 import platform
 from collections.abc import Iterator
 
@@ -99,9 +100,9 @@ def _by_sample(weight_rows: int, tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and macs >= _LEAST_MACS_BY_SAMPLE
 
 
-def _in_tiles(tensor: Tensor) -> bool:
-    """Tell whether a map is worked on in tiles."""
-    return tensor.device.type == "cpu" and tensor.numel() > _TOKEN_MAJOR_TILE_ENTRIES
+def _in_tiles(rows: Tensor, num_entries: int) -> bool:
+    """Tell whether a map of so many entries is worked on in tiles."""
+    return rows.device.type == "cpu" and num_entries > _TOKEN_MAJOR_TILE_ENTRIES
 
 
 def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
@@ -139,31 +140,32 @@ def map_from_rows(
     weight: Tensor,
     rows: Tensor,
     *,
+    like: Tensor,
     base: Tensor | None,
     relu: bool = False,
-    out: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Write ``base + weight @ rows``, rectified where wanted, to a map.
+    """Return ``base + weight @ rows``, rectified where wanted.
 
     Args:
         weight: (channels, slots), in the type of the map.
         rows: (batch, slots, tokens), in the type of the map.
+        like: (batch, any channels, tokens), which the result lies as.
         base: (batch, channels, tokens) to add, or nothing.
         relu: whether to rectify.
-        out: (batch, channels, tokens); it may be the same tensor as ``base``.
-
-    Returns:
-        ``out``.
+        out: (batch, channels, tokens) for the result; it may be the same tensor as ``base``.
     """
-    if not _in_tiles(out):
-        expanded = weight.expand(rows.shape[0], *weight.shape)
-        if base is None:
-            out.copy_(_batched_product(expanded, rows))
-        elif base is out:
-            out.add_(_batched_product(expanded, rows))
+    shape = (rows.shape[0], weight.shape[0], rows.shape[2])
+    if not _in_tiles(rows, math.prod(shape)):
+        product = _small_product(weight, rows)
+        if out is None and is_token_major(product) == is_token_major(like):
+            out = product if base is None else product.add_(base)
         else:
-            torch.baddbmm(base, expanded, rows, out=out)
+            out = empty_map(like, weight.shape[0]) if out is None else out
+            out = out.copy_(product) if base is None else torch.add(product, base, out=out)
         return out.relu_() if relu else out
+    if out is None:
+        out = empty_map(like, weight.shape[0])
     for sample in range(out.shape[0]):
         for channels, tokens, tile in _tiles(weight, rows[sample], is_token_major(out)):
             target = out[sample, channels, tokens]
@@ -191,11 +193,17 @@ def _tiles(
             yield channels, tokens, multiply(weight[channels], of_tokens)
 
 
-def _batched_product(weight: Tensor, rows: Tensor) -> Tensor:
-    """Return (batch, channels, slots) times rows, lying as the rows do."""
+def _small_product(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return ``weight @ rows`` for all samples at once, lying as the rows do."""
+    tokens_of = rows.transpose(1, 2)
+    if is_token_major(rows) and tokens_of.is_contiguous():
+        product = multiply(tokens_of.flatten(0, 1), weight.t())
+        return product.view(*tokens_of.shape[:2], weight.shape[0]).transpose(1, 2)
     if is_token_major(rows):
-        return torch.bmm(rows.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(weight, rows)
+        return torch.matmul(tokens_of, weight.t()).transpose(1, 2)
+    if rows.shape[0] == 1:
+        return multiply(weight.contiguous(), rows[0]).unsqueeze(0)
+    return torch.bmm(weight.expand(rows.shape[0], *weight.shape), rows)
 
 
 def sum_over_tokens(rows: Tensor, source: Tensor) -> Tensor:
