@@ -15,7 +15,7 @@ from eanet.engine.task import Update
 from eanet.errors import UserError
 from eanet.report.page import Section
 from eanet.tasks.pointcloud import baselines, pictures
-from eanet.tasks.pointcloud.datasets import labels_of
+from eanet.tasks.pointcloud.clouds import labels_of
 from eanet.tasks.pointcloud.metrics import ClassMetrics, PartMetrics, restrict_to_category
 from eanet.tasks.pointcloud.point_task import (
     PointTask,
@@ -26,9 +26,7 @@ from eanet.tasks.pointcloud.point_task import (
     transformed_batches,
 )
 from eanet.tasks.pointcloud.samples import Batch, Sample
-from eanet.tasks.pointcloud.transforms import (
-    PointChoice,
-)
+from eanet.tasks.pointcloud.transforms import PointChoice
 
 __all__ = ["PartSegmentationTask", "PointClassificationTask"]
 
