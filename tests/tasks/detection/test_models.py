@@ -283,7 +283,8 @@ def test_wrong_use_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fixed_batch_is_learned(kind):
-    model = detector(kind, size="small", attention="external")
+    few = {} if kind == "retinanet" else {"samples": 32, "proposal_count": 64}
+    model = detector(kind, size="small", attention="external", **few)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = []
     for _ in range(50):
