@@ -363,9 +363,13 @@ class PartSegmentationTask(PointTask):
         portion = prepared.points[self._portions(len(prepared.points))[0]]
         found = pictures.inspect_segmenter(self.networks["model"], portion, category)
         start, end = self.part_ranges[category]
-        names = self.part_names[start:end]
+        names = [
+            name.removeprefix(f"{record['category']}: ") for name in self.part_names[start:end]
+        ]
         files = [stem.with_name(stem.name + ending) for ending in (".png", "-parts.npz")]
-        title = f"{record['category']} ({record['category_is']})"
+        sure = record.get("mean_probability")
+        known = record["category_is"] + ("" if sure is None else f", parts {100 * sure:.0f} % sure")
+        title = f"{record['category']} ({known})"
         files[0].write_bytes(pictures.draw_parts(prepared.points, parts - start, names, title))
         np.savez_compressed(
             files[1], points=prepared.points.numpy(), parts=parts, part_names=self.part_names
