@@ -133,6 +133,12 @@ def test_the_command_line_answers_bad_clouds(runs, tmp_path, capsys):
                  "--out", str(tmp_path / "out"), "--device", "cpu"])  # fmt: skip
     assert code == 2
     assert "has 9 points, the network needs at least 32" in capsys.readouterr().err
+    np.save(tmp_path / "more.npy", np.random.default_rng(0).normal(size=(90, 3)))
+    result = predict(
+        runs["classes"].folder, [tmp_path], out=tmp_path / "out", pictures=False, device="cpu"
+    )
+    assert [record["file"].rpartition("/")[2] for record in result.records] == ["more.npy"]
+    assert "few.npy: has 9 points" in result.failures[0]
 
 
 def test_votes_are_reported_beside_the_plain_result(runs, capsys):

@@ -85,6 +85,12 @@ class ModelNet:
         splits = {}
         for split, shapes in listed.items():
             classes = [name.rpartition("_")[0] for name in shapes]
+            if not shapes or "" in classes:
+                wrong = repr(shapes[classes.index("")]) if shapes else "none"
+                raise UserError(
+                    f"{folder / f'{prefix}_{split}.txt'}: must list clouds as <class>_<number>, "
+                    f"got {wrong}"
+                )
             unknown = sorted(set(classes) - set(class_names))
             if unknown:
                 raise UserError(f"{names}: lacks the class {unknown[0]!r} of {list_file.name}")

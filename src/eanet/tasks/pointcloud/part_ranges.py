@@ -44,9 +44,15 @@ def parts_of_arrays(
     names = numbered_parts(class_names, ranges)
     given = folder / "part_names.json"
     if given.is_file():
-        for category, parts in read_json(given).items():
-            for part, number in parts.items():
-                names[int(number)] = f"{category}: {part}"
+        try:
+            for category, parts in read_json(given).items():
+                for part, number in parts.items():
+                    names[int(number)] = f"{category}: {part}"
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{given}: must give for each category a table of part names and numbers below "
+                f"{len(names)}: {error}"
+            ) from error
     return part_facts(names, ranges)
 
 
@@ -63,9 +69,9 @@ def _part_owners(folder: Path, found: dict[str, CloudArrays]) -> dict[int, int]:
     table = folder / "overallid_to_catid_partid.json"
     if table.is_file():
         entries = read_json(table)
-        pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
         synsets = _synsets(folder)
         try:
+            pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
             return {int(part): synsets.index(str(entry[0])) for part, entry in pairs}
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"{table}: does not name categories of the folder: {error}") from error

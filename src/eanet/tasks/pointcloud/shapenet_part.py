@@ -74,15 +74,17 @@ class ShapeNetPart:
     def _read_hdf5(
         self, folder: Path, files: dict[str, list[Path]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        table = folder / "all_object_categories.txt"
+        class_names = [line.split()[0] for line in lines_of(table)] if table.is_file() else None
+        if class_names == []:
+            raise UserError(f"{table}: names no categories")
+        count = None if class_names is None else len(class_names)
         found = {
-            name: read_split(paths, f"{folder.name}/{name}", None, parts=True)
+            name: read_split(paths, f"{folder.name}/{name}", count, parts=True)
             for name, paths in files.items()
             if paths
         }
-        table = folder / "all_object_categories.txt"
-        if table.is_file():
-            class_names = [line.split()[0] for line in lines_of(table)]
-        else:
+        if class_names is None:
             most = max(max(split.labels) for split in found.values())
             class_names = [f"category {number}" for number in range(most + 1)]
         facts = class_facts(class_names, 3, unit_sphere=in_unit_sphere(found["train"].points))
@@ -98,7 +100,7 @@ class ShapeNetPart:
             listed = folder / "train_test_split" / f"shuffled_{split}_file_list.json"
             if not listed.is_file():
                 continue
-            shapes = [Path(entry).parts[-2:] for entry in read_json(listed)]
+            shapes = _listed_shapes(listed)
             unknown = sorted({synset for synset, _ in shapes} - set(synsets))
             if unknown:
                 raise UserError(f"{listed}: the synset {unknown[0]!r} is of no category")
@@ -114,3 +116,15 @@ class ShapeNetPart:
         names = numbered_parts(class_names, ranges)
         facts = class_facts(class_names, in_channels, unit_sphere=True)
         return found, facts | part_facts(names, ranges)
+
+
+def _listed_shapes(file: Path) -> list[tuple[str, str]]:
+    """Return synset and name of the shapes of a split."""
+    entries = read_json(file)
+    shapes: list[tuple[str, str]] = []
+    for entry in entries if isinstance(entries, list) else ():
+        *_, synset, shape = ("", "", *Path(str(entry)).parts)
+        shapes.append((synset, shape))
+    if not shapes or any(not synset for synset, _ in shapes):
+        raise UserError(f"{file}: must be a list of 'shape_data/<synset>/<shape>'")
+    return shapes
