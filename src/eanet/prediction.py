@@ -75,11 +75,10 @@ def predict(
             network.to(processes.device)
         samples = _with_progress(_readable(task, paths, result.failures), len(paths))
         while group := list(islice(samples, batch_size)):
-            transformed = [task.evaluation_transform(sample) for _, sample in group]
-            batch = task.collate(transformed).to(processes.device)
+            batch = task.collate([prepared for _, _, prepared in group]).to(processes.device)
             with autocast(processes.device, opened.recipe.train.precision):
                 records = task.predict_batch(batch)
-            for (path, sample), record in zip(group, records, strict=True):
+            for (path, sample, _), record in zip(group, records, strict=True):
                 shown = {key: value for key, value in record.items() if not key.startswith("_")}
                 result.records.append({"file": str(path), **shown})
                 if pictures:
@@ -111,13 +110,16 @@ def _expand(files: Iterable[str | Path]) -> Iterator[Path]:
 
 def _readable(
     task: VisualTask, paths: Iterable[Path], failures: list[str]
-) -> Iterator[tuple[Path, Any]]:
-    """Yield the samples that can be read; note the others."""
+) -> Iterator[tuple[Path, Any, Any]]:
+    """Yield what can be read, as a sample and as the network takes it; note the others."""
     for path in paths:
         try:
-            yield path, task.read_file(path)
+            sample = task.read_file(path)
+            prepared = task.evaluation_transform(sample)
         except (UserError, OSError) as error:
             failures.append(str(error))
+        else:
+            yield path, sample, prepared
 
 
 def _with_progress(samples: Iterator[Any], total: int) -> Iterator[Any]:

@@ -40,6 +40,8 @@ __all__ = [
 
 #: of sampling: clouds, points, samples
 _SAMPLING = (32, 1024, 512)
+#: that see a cloud of a million points
+_LARGE = ("eat_cls", "eat_small_parts")
 
 
 def masked_write_sample(points: Tensor, num_samples: int) -> Tensor:
@@ -257,7 +259,7 @@ def benchmark_memory(
     segmenter: str = "eat_parts",
     batch: int = 16,
     num_points: int = 2048,
-    large: Sequence[str] = ("eat_cls", "eat_small_parts"),
+    large: Sequence[str] = _LARGE,
     large_points: int = 1_000_000,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -382,11 +384,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure memory instead: part segmentation at 16 clouds of 2,048 points, and clouds "
         "of a million points",
     )
+    parser.add_argument(
+        "--large", nargs="+", default=_LARGE, metavar="NAME", help="networks of the latter"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if options.memory:
-        report = benchmark_memory(progress=lambda line: write_line(line, sys.stderr))
+        report = benchmark_memory(
+            large=options.large, progress=lambda line: write_line(line, sys.stderr)
+        )
         for name, peak in report["peak_bytes"].items():
             write_line(f"{name}: {peak / 2**30:.2f} GiB", sys.stdout)
         if options.json is not None:

@@ -16,6 +16,7 @@ from eanet.tasks.pointcloud.builtin import CATEGORIES, build_solid
 from eanet.tasks.pointcloud.datasets import ModelNet, PointFolder, ShapeNetPart, labels_of
 from eanet.tasks.pointcloud.hdf5_files import read_hdf5
 from eanet.tasks.pointcloud.point_files import read_points
+from eanet.tasks.pointcloud.transforms import normalize_to_unit_sphere
 
 
 def cloud(points=40, channels=3):
@@ -122,7 +123,8 @@ def test_materials_of_a_mesh_are_not_opened(tmp_path):
 BAD = {
     "nan.npy": (np.array([[0, 0, 0], [1, np.nan, 0], [2, 0, 0]]), "point 1 is NaN"),
     "one.npy": (np.zeros((1, 3)), r"has 1 point\(s\)"),
-    "same.npy": (np.ones((9, 3)), "all 9 points are the same"),
+    "same.npy": (np.ones((9, 3)), "all 9 points are the same$"),
+    "far.npy": (cloud(9).astype(float) * 1e-3 + 1e9, "all 9 points are the same in float32"),
     "columns.npy": (np.ones((9, 2)), "has 2 columns, 3 are needed"),
     "integers.npy": (np.ones((9, 3), dtype=int), "coordinates are int64"),
     "layout.npy": (np.ones((3, 90)), "transposed"),
@@ -201,6 +203,36 @@ def test_hdf5_in_the_layout_of_shapenet_part(tmp_path):
         ShapeNetPart(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("all_object_categories.txt", "", "all_object_categories.txt: names no categories"),
+        ("all_object_categories.txt", "Bag\t01\n", "label 1 is outside 0..0"),
+        ("part_names.json", "{", "part_names.json: not a readable JSON"),
+        ("part_names.json", "[1]", "part_names.json: must give for each category"),
+        ("part_names.json", '{"Bag": {"strap": 9}}', "part_names.json: .* below 4"),
+        ("part_names.json", '{"Bag": {"strap": "first"}}', "part_names.json: must give"),
+        ("overallid_to_catid_partid.json", "3", "overallid_to_catid_partid.json: does not name"),
+        ("overallid_to_catid_partid.json", '[["09", 0]]', "partid.json: does not name categories"),
+        ("overallid_to_catid_partid.json", '[["01", 0], ["02", 0]]', "'Bag' but has a point of"),
+    ],
+)
+def test_bad_tables_beside_parts_are_answered(name, text, message, tmp_path):
+    write_hdf5(tmp_path / "ply_data_train0.h5", [0, 1], parts=[[0, 1] * 8, [2, 3] * 8])
+    (tmp_path / "all_object_categories.txt").write_text("Bag\t01\nCap\t02\n")
+    assert len(ShapeNetPart(str(tmp_path)).splits.train) == 2
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        ShapeNetPart(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "cup\n"])
+def test_lists_without_classes_are_answered(text, tmp_path):
+    (tmp_path / "modelnet40_train.txt").write_text(text)
+    with pytest.raises(UserError, match=r"modelnet40_train.txt: must list clouds as"):
+        ModelNet(str(tmp_path))
+
+
 def test_hdf5_that_refers_elsewhere_is_refused(tmp_path):
     write_hdf5(tmp_path / "real.h5", [0, 1])
     (tmp_path / "raw").write_bytes(bytes(4096))
@@ -255,6 +287,16 @@ def test_bad_hdf5_is_answered(content, message, tmp_path):
         read_hdf5(path, parts=False)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_clouds_of_any_size_come_to_the_unit_sphere(scale):
+    points = torch.from_numpy(cloud(50)).double()
+    expected = normalize_to_unit_sphere(points)
+    found = normalize_to_unit_sphere((points * scale).float())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="differ by more than"):
+        normalize_to_unit_sphere(torch.tensor([[3e38, 0, 0], [-3e38, 0, 0], [-3e38, 0, 0]]))
+
+
 # text and folders
 
 
@@ -290,6 +332,10 @@ def test_part_text_files(tmp_path):
     sample = splits.test[1]
     assert sample.points.shape == (20, 6)
     assert sample.parts.tolist() == [2, 3] * 10
+    for text in ("3", "[]", "[1, 2]", '["a"]', '{"a": 1}'):
+        (tmp_path / "train_test_split" / "shuffled_test_file_list.json").write_text(text)
+        with pytest.raises(UserError, match=r"shuffled_test_file_list.json: must be a list"):
+            ShapeNetPart(str(tmp_path))
 
 
 @pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}", "{kind}"])

@@ -15,6 +15,7 @@ from eanet.prediction import predict
 from eanet.recipe import DataSpec, ModelSpec, OptimSpec, Recipe, TrainSpec
 from eanet.run import train
 from eanet.tasks.pointcloud import transforms
+from eanet.tasks.pointcloud.pictures import Inspection, attention_figure
 from eanet.tasks.pointcloud.samples import Sample, collate
 from eanet.tasks.pointcloud.task import PartSegmentationTask
 
@@ -79,6 +80,23 @@ def test_the_page_shows_clouds(runs):
         assert page.count("data:image/png") >= 4
 
 
+def test_what_is_high_is_drawn_above_all_and_a_key_says_so():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(200, 3, generator=generator).numpy() * [2, 0.2, 0.2]  # wide
+    attention = torch.rand(1, 200, 4, generator=generator).numpy()
+    figure = attention_figure(points, Inspection(points, attention))
+    *cells, key = figure.axes
+    assert cells[0].get_title().startswith("layer 1, slot")
+    assert [label.get_text() for label in key.get_xticklabels()] == ["little", "much"]
+    for axes in cells:
+        (dots,) = axes.collections
+        colors = dots.get_facecolors()
+        lightness = colors[:, :3].sum(1)
+        assert lightness[-1] == lightness.min() < lightness[0] == lightness.max()
+    tall = attention_figure(points[:, [1, 0, 2]], Inspection(points[:, [1, 0, 2]], attention))
+    assert figure.get_figheight() < tall.get_figheight()
+
+
 def test_predictions_on_files(runs, tmp_path):
     files = tmp_path / "files"
     (files / "mug").mkdir(parents=True)
@@ -115,6 +133,12 @@ def test_the_command_line_answers_bad_clouds(runs, tmp_path, capsys):
                  "--out", str(tmp_path / "out"), "--device", "cpu"])  # fmt: skip
     assert code == 2
     assert "has 9 points, the network needs at least 32" in capsys.readouterr().err
+    np.save(tmp_path / "more.npy", np.random.default_rng(0).normal(size=(90, 3)))
+    result = predict(
+        runs["classes"].folder, [tmp_path], out=tmp_path / "out", pictures=False, device="cpu"
+    )
+    assert [record["file"].rpartition("/")[2] for record in result.records] == ["more.npy"]
+    assert "few.npy: has 9 points" in result.failures[0]
 
 
 def test_votes_are_reported_beside_the_plain_result(runs, capsys):

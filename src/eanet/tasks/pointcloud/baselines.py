@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from eanet.data.splits import Dataset, Splits
-from eanet.tasks.pointcloud.datasets import labels_of
+from eanet.tasks.pointcloud.clouds import labels_of
 from eanet.tasks.pointcloud.metrics import PartMetrics
 
 __all__ = ["classification_baselines", "distance_histograms", "part_baselines"]

@@ -14,7 +14,8 @@ import torch
 from eanet.data.splits import Splits
 from eanet.errors import UserError
 from eanet.registry import register_dataset
-from eanet.tasks.pointcloud.datasets import CloudArrays, class_facts, part_facts
+from eanet.tasks.pointcloud.clouds import CloudArrays, class_facts
+from eanet.tasks.pointcloud.part_ranges import part_facts
 from eanet.tasks.pointcloud.transforms import normalize_to_unit_sphere
 
 __all__ = ["CATEGORIES", "Solids"]

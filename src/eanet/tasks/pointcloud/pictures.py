@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ _TURN, _TILT = 35.0, 20.0
 #: more parts than the palette of the reports has colors are told apart by these
 _MORE_COLORS = ("#8c564b", "#7f7f7f", "#bcbd22", "#9467bd", "#17becf")
 _PART_COLORS = (*COLORS, *_MORE_COLORS)
+#: from little to much, ever darker, so that little stands back on a light ground
+_HEAT = LinearSegmentedColormap.from_list("heat", ["#d3d8de", "#f2b25c", "#d55e00", "#6b1200"])
+#: clouds of so many points are drawn with the size of dots that is asked for
+_DOT_POINTS = 1024
 
 
 @dataclass
@@ -135,8 +140,9 @@ def draw_cloud(
     title: str = "",
     title_color: str = INK,
     dot: float = 5.0,
+    heights: _Array | None = None,
 ) -> None:
-    """Draw a cloud; what is further away is paler, and smaller.
+    """Draw a cloud; what is further away is smaller, and paler unless colors stand for heights.
 
     Args:
         axes: where to draw.
@@ -144,36 +150,66 @@ def draw_cloud(
         colors: (points, 3), red, green, blue within 0..1.
         title: plain text above it.
         title_color: of the title.
-        dot: area of a point in square points of print.
+        dot: area of a point in square points of print, for clouds of some thousand points; those
+            of smaller clouds are larger.
+        heights: what the colors stand for, (points); the highest are drawn above all others.
     """
     if len(points) > _MAX_DRAWN:
         chosen = np.linspace(0, len(points) - 1, _MAX_DRAWN).astype(int)
         points, colors = points[chosen], colors[chosen]
+        heights = None if heights is None else heights[chosen]
     flat, depth = _project(points)
-    order = np.argsort(depth)
-    span = max(float(np.ptp(depth)), 1e-6)
-    near = ((depth - depth.min()) / span)[:, None]
-    shaded = colors * (0.55 + 0.45 * near) + (1 - (0.55 + 0.45 * near)) * 0.93
+    order = np.argsort(depth if heights is None else heights, kind="stable")
+    near = ((depth - depth.min()) / max(float(np.ptp(depth)), 1e-6))[:, None]
+    if heights is None:
+        kept = 0.55 + 0.45 * near
+        colors = colors * kept + (1 - kept) * 0.93
+    dot *= float(np.clip(_DOT_POINTS / len(points), 0.7, 2.0))
     axes.scatter(
         flat[order, 0],
         flat[order, 1],
         s=dot * (0.6 + 0.8 * near[order, 0]),
-        c=shaded[order],
+        c=colors[order],
         linewidths=0,
     )
-    middle = (flat.max(axis=0) + flat.min(axis=0)) / 2
-    reach = float(np.ptp(flat, axis=0).max()) * 0.54 + 1e-6
-    axes.set_xlim(middle[0] - reach, middle[0] + reach)
-    axes.set_ylim(middle[1] - reach, middle[1] + reach)
-    axes.set_aspect("equal")
+    axes.margins(0.05)
+    axes.set_aspect("equal", adjustable="datalim")  # the title stays where the others are
     axes.set_axis_off()
     axes.set_title(title, fontsize=8.5, color=title_color, parse_math=False)
 
 
-def _heat(values: _Array, points: _Array, centers: _Array) -> _Array:
-    """Return colors of points from values at centers: those of the nearest, dark is much."""
-    from matplotlib import colormaps
+def _draw_heat(
+    axes: Axes,
+    values: _Array,
+    points: _Array,
+    centers: _Array,
+    *,
+    title: str = "",
+    dot: float = 5.0,
+) -> None:
+    """Draw a cloud colored by values at centers, see :func:`_heat`."""
+    heights = _heat(values, points, centers)
+    draw_cloud(axes, points, _HEAT(heights)[:, :3], title=title, dot=dot, heights=heights)
 
+
+def _draw_key(figure: Figure, axes: Any, *, shrink: float) -> None:
+    """Draw what the colors of heights mean, below some axes."""
+    key = figure.colorbar(
+        ScalarMappable(cmap=_HEAT),
+        ax=axes,
+        location="bottom",
+        shrink=shrink,
+        aspect=30,
+        pad=0.02,
+        ticks=[0, 1],
+    )
+    key.ax.set_xticklabels(["little", "much"], fontsize=8, color=INK)
+    key.ax.tick_params(length=0)
+    key.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+
+def _heat(values: _Array, points: _Array, centers: _Array) -> _Array:
+    """Return heights of points within 0..1 from values at centers: those of the nearest."""
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / max(high - low, 1e-12)
     if points.shape != centers.shape or not np.array_equal(points, centers):
@@ -183,7 +219,7 @@ def _heat(values: _Array, points: _Array, centers: _Array) -> _Array:
         indices, squared = nearest_neighbors(query, known, count)
         weights = 1 / (squared[0].numpy() + 1e-4)
         scaled = (scaled[indices[0].numpy()] * weights).sum(1) / weights.sum(1)
-    return colormaps["viridis"](scaled)[:, :3]
+    return scaled
 
 
 def _png(figure: Figure) -> bytes:
@@ -212,8 +248,9 @@ def draw_class(points: Tensor, record: Mapping[str, Any], found: Inspection) -> 
     shares = [100 * entry["probability"] for entry in record["top"]]
     own = points[:, :3].numpy()
     # the square root, for evidence is concentrated in few points
-    colors = _heat(np.sqrt(found.evidence), own, found.centers)
-    draw_cloud(left, own, colors, title=f"bright: what speaks for {names[0]}", dot=7)
+    evidence = np.sqrt(found.evidence)
+    _draw_heat(left, evidence, own, found.centers, title=f"what speaks for {names[0]}", dot=7)
+    _draw_key(figure, left, shrink=0.5)
     places = range(len(names))
     right.barh(places, shares, color=[COLORS[0]] + [MUTED] * (len(names) - 1), height=0.6)
     for place, share in zip(places, shares, strict=True):
@@ -245,11 +282,12 @@ def draw_parts(points: Tensor, parts: _Array, names: Sequence[str], title: str) 
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     draw_cloud(left, points[:, :3].numpy(), _part_colors(parts), title=title, dot=7)
     right.set_axis_off()
+    step = min(0.12, 0.9 / max(len(names), 1))
     for number, name in enumerate(names):
-        height = 0.9 - number * min(0.12, 0.85 / max(len(names), 1))
+        height = 0.5 + step * ((len(names) - 1) / 2 - number)
         color = _PART_COLORS[number % len(_PART_COLORS)]
         right.scatter([0.04], [height], s=60, color=color, transform=right.transAxes)
-        label = f"{_shorten(name, 26)}: {int((parts == number).sum())} points"
+        label = f"{_shorten(name, 28)}: {int((parts == number).sum())} points"
         right.text(
             0.1, height, label, va="center", fontsize=9, color=INK, transform=right.transAxes,
             parse_math=False,
@@ -270,13 +308,16 @@ def attention_figure(points: _Array, found: Inspection, *, num_slots: int = 6) -
     assert found.attention is not None
     layers = sorted({0, len(found.attention) - 1})
     count = min(num_slots, found.attention.shape[2])
-    figure = new_figure(1.6 * count, 1.75 * len(layers))
+    width, height = np.ptp(_project(points)[0], axis=0)
+    tall = float(np.clip(height / max(width, 1e-6), 0.5, 1.1))  # of a wide cloud no empty rows
+    figure = new_figure(1.6 * count, (1.5 * tall + 0.25) * len(layers) + 0.35)
     cells = figure.subplots(len(layers), count, squeeze=False)
     for row, layer in zip(cells, layers, strict=True):
         maps = found.attention[layer].T  # (slots, centers)
         for axes, slot in zip(row, salient_slots(maps[None, :, None], count), strict=False):
-            colors = _heat(maps[slot], points, found.centers)
-            draw_cloud(axes, points, colors, title=f"layer {layer + 1}, slot {slot}", dot=2.5)
+            title = f"layer {layer + 1}, slot {slot}"
+            _draw_heat(axes, maps[slot], points, found.centers, title=title, dot=3)
+    _draw_key(figure, cells, shrink=0.3)
     return figure
 
 
@@ -288,7 +329,7 @@ def draw_attention(points: Tensor, found: Inspection) -> bytes:
 # the page of a run
 
 _ATTENTION_WORDS = (
-    "Share of a slot of the memories at every point, bright where it is large; first and last "
+    "Share of a slot of the memories at every point, dark where it is large; first and last "
     "attention layer, the slots that differ most over the cloud. Each picture has the full range "
     "of colors, so patterns can be compared, not heights."
 )
@@ -355,10 +396,10 @@ def classification_sections(
     examples = Section("Predictions")
     for chosen, caption in (
         (wrong_ones, "Wrong, the surest first: predicted class, probability, true class."),
-        (right_ones, "Right, an even choice. Bright points spoke for the class."),
+        (right_ones, "Right, an even choice. Dark points spoke for the class."),
     ):
         if len(chosen):
-            cells = []
+            cells: list[_Cell] = []
             for index in chosen.tolist():
                 given = int(predicted[index])
                 found = inspect_classifier(network, samples[index].points, given)
@@ -367,8 +408,8 @@ def classification_sections(
                 title = f"{_shorten(class_names[given], 16)} {100 * sure[index]:.0f} %"
                 if given != labels[index]:
                     title += f"\ntrue: {_shorten(class_names[int(labels[index])], 16)}"
-                colors = _heat(np.sqrt(found.evidence), own, found.centers)
-                cells.append((own, colors, title))
+                heights = _heat(np.sqrt(found.evidence), own, found.centers)
+                cells.append(_Cell(own, _HEAT(heights)[:, :3], title, heights))
             examples.parts.append(picture(_grid(cells), caption))
     positions = np.linspace(0, len(samples) - 1, min(3, len(samples))).astype(int)
     inspected = [
@@ -383,7 +424,17 @@ def classification_sections(
     return [confusions, examples, *_attention_sections(inspected)]
 
 
-def _grid(cells: Sequence[tuple[_Array, _Array, str]], columns: int = 6) -> Figure:
+@dataclass
+class _Cell:
+    """A cloud of a grid; the fields are arguments of :func:`draw_cloud`."""
+
+    points: _Array
+    colors: _Array
+    title: str
+    heights: _Array | None = None
+
+
+def _grid(cells: Sequence[_Cell], columns: int = 6) -> Figure:
     """Draw clouds in rows."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
@@ -396,7 +447,9 @@ def _grid(cells: Sequence[tuple[_Array, _Array, str]], columns: int = 6) -> Figu
         if cell is None:
             axes.set_axis_off()
         else:
-            draw_cloud(axes, cell[0], cell[1], title=cell[2], dot=2.5)
+            draw_cloud(
+                axes, cell.points, cell.colors, title=cell.title, dot=3, heights=cell.heights
+            )
     return figure
 
 
@@ -436,8 +489,9 @@ def part_sections(
         own, truth = sample.points[:, :3].numpy(), sample.parts.numpy()
         name = _shorten(names[sample.label], 16)
         agree = 100 * float((predicted == truth).mean())
-        cells.append((own, _part_colors(truth - start), f"{name}, true"))
-        cells.append((own, _part_colors(predicted - start), f"{name}, {agree:.0f} % right"))
+        cells.append(_Cell(own, _part_colors(truth - start), f"{name}, true"))
+        title = f"{name}, {agree:.0f} % right"
+        cells.append(_Cell(own, _part_colors(predicted - start), title))
     examples = Section("Predictions", [picture(_grid(cells), "True and predicted parts.")])
     inspected = [
         (

@@ -114,6 +114,11 @@ def check_points(points: np.ndarray, name: str, *, in_channels: int = 3) -> Tens
         raise UserError(f"{name}: coordinates exceed the range of float32")
     if (points[:, :3] == points[0, :3]).all():
         raise UserError(f"{name}: all {len(points)} points are the same")
+    if (narrow[:, :3] == narrow[0, :3]).all():
+        raise UserError(
+            f"{name}: all {len(points)} points are the same in float32; move them near the origin, "
+            "or scale them"
+        )
     return torch.from_numpy(narrow)
 
 
@@ -153,7 +158,8 @@ def _read_table(path: Path) -> np.ndarray:
     try:
         return np.loadtxt(lines, dtype=np.float64, ndmin=2)
     except ValueError as error:
-        raise UserError(f"{path}: rows must be numbers, equally many in each: {error}") from error
+        why = str(error).partition("; use")[0]  # what follows is advice on NumPy's arguments
+        raise UserError(f"{path}: rows must be numbers, equally many in each: {why}") from error
 
 
 def _read_mesh(path: Path, in_channels: int, mesh_points: int) -> np.ndarray:

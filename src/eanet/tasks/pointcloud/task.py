@@ -15,7 +15,7 @@ from eanet.engine.task import Update
 from eanet.errors import UserError
 from eanet.report.page import Section
 from eanet.tasks.pointcloud import baselines, pictures
-from eanet.tasks.pointcloud.datasets import labels_of
+from eanet.tasks.pointcloud.clouds import labels_of
 from eanet.tasks.pointcloud.metrics import ClassMetrics, PartMetrics, restrict_to_category
 from eanet.tasks.pointcloud.point_task import (
     PointTask,
@@ -26,9 +26,7 @@ from eanet.tasks.pointcloud.point_task import (
     transformed_batches,
 )
 from eanet.tasks.pointcloud.samples import Batch, Sample
-from eanet.tasks.pointcloud.transforms import (
-    PointChoice,
-)
+from eanet.tasks.pointcloud.transforms import PointChoice
 
 __all__ = ["PartSegmentationTask", "PointClassificationTask"]
 
@@ -365,9 +363,13 @@ class PartSegmentationTask(PointTask):
         portion = prepared.points[self._portions(len(prepared.points))[0]]
         found = pictures.inspect_segmenter(self.networks["model"], portion, category)
         start, end = self.part_ranges[category]
-        names = self.part_names[start:end]
+        names = [
+            name.removeprefix(f"{record['category']}: ") for name in self.part_names[start:end]
+        ]
         files = [stem.with_name(stem.name + ending) for ending in (".png", "-parts.npz")]
-        title = f"{record['category']} ({record['category_is']})"
+        sure = record.get("mean_probability")
+        known = record["category_is"] + ("" if sure is None else f", parts {100 * sure:.0f} % sure")
+        title = f"{record['category']} ({known})"
         files[0].write_bytes(pictures.draw_parts(prepared.points, parts - start, names, title))
         np.savez_compressed(
             files[1], points=prepared.points.numpy(), parts=parts, part_names=self.part_names

@@ -40,12 +40,18 @@ def normalize_to_unit_sphere(points: _Points) -> _Points:
     """Return the cloud with its mean at 0 and its furthest point at distance 1.
 
     Raises:
-        ValueError: all points are the same.
+        ValueError: all points are the same, or they lie too far apart for their type.
     """
     centered = points[:, :3] - points[:, :3].double().mean(0).to(points.dtype)
-    radius = centered.norm(dim=1).max()
-    if not radius > 0:
+    largest = centered.abs().max()
+    if not largest > 0:
         raise ValueError("all points are the same")
+    if largest.isinf():
+        raise ValueError(f"coordinates differ by more than {points.dtype} can hold")
+    radius = centered.norm(dim=1).max()
+    if radius.isinf() or radius == 0:  # a square overflowed, or vanished
+        centered = centered / largest
+        radius = centered.norm(dim=1).max()
     return torch.cat([centered / radius, points[:, 3:]], dim=1)
 
 
