@@ -111,6 +111,8 @@ BROKEN = {
     ),
     "polygon of two points": (changed(segmentation=[[1, 2, 3, 4]]), "annotation 11 .*3 points"),
     "unknown image": (changed(image_id=99), "annotation 11: there is no image 99"),
+    "a list for an image": (changed(image_id=[1]), r"annotations, place 0 .*image_id .*\[1\]"),
+    "an object for an id": (changed(id={"a": 1}), "annotations, place 0 .*id must be a number"),
     "negative area": (changed(area=-5), "annotation 11 .*area"),
     "no box": (changed(bbox=[1, 2, 3]), "annotation 11 .*four numbers"),
 }

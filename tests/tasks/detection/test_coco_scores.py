@@ -174,6 +174,7 @@ def test_command_prints_the_numbers(files, capsys):
     ("change", "message"),
     [
         ({"image_id": 77}, "entry 0: .*no image 77"),
+        ({"image_id": [1]}, "detections, place 0 .*image_id must be a number"),
         ({"score": float("nan")}, "entry 0: score"),
         ({"bbox": [1, 2, 3]}, "entry 0: bbox"),
         ({"segmentation": {"size": [1, 2], "counts": "11"}}, "entry 0: .*run-length"),

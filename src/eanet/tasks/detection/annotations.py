@@ -174,7 +174,24 @@ def _read_object(file: Path) -> dict[str, Any]:
         entries = content.get(name)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{file}: has no list {name!r} of objects")
+        refuse_odd_numbers(entries, name, file)
     return content
+
+
+def refuse_odd_numbers(entries: Sequence[Any], what: str, file: Path) -> None:
+    """Refuse entries whose ids are lists or objects, which no other entry can name.
+
+    Raises:
+        UserError: naming the place in the list.
+    """
+    for place, entry in enumerate(entries):
+        for name in ("id", "image_id", "category_id"):
+            number = entry.get(name) if isinstance(entry, dict) else None
+            if number is not None and not isinstance(number, int | float | str):
+                raise UserError(
+                    f"{file}: {what}, place {place} of the list: {name} must be a number, "
+                    f"got {number!r}"
+                )
 
 
 def _categories(content: Mapping[str, Any], file: Path) -> dict[int, str]:

@@ -16,6 +16,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from eanet.errors import UserError
+from eanet.tasks.detection.annotations import refuse_odd_numbers
 from eanet.tasks.detection.mask_codes import segmentation_problem
 
 __all__ = ["NUMBERS", "CocoScores", "coco_scores", "evaluate_files", "read_results"]
@@ -137,6 +138,7 @@ def _read_truth(file: Path, kind: Kind) -> dict[str, Any]:
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise UserError(f"{file}: has no list {name!r}")
+        refuse_odd_numbers(content[name], name, file)
     sizes = {
         image.get("id"): (image.get("height"), image.get("width")) for image in content["images"]
     }
@@ -169,6 +171,7 @@ def read_results(file: Path, truth: Mapping[str, Any], kind: Kind) -> list[dict[
     entries = _read(file)
     if not isinstance(entries, list):
         raise UserError(f"{file}: a results file is a list of detections")
+    refuse_odd_numbers(entries, "detections", file)
     sizes = {image["id"]: [image.get("height"), image.get("width")] for image in truth["images"]}
     categories = {category["id"] for category in truth["categories"]}
     unknown: set[Any] = set()
