@@ -91,7 +91,10 @@ def measured() -> str:
     for path in sorted((ROOT / "results/benchmarks").glob("*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         environment = facts["environment"]
-        command = " ".join(["eanet", *environment["command"][1:]])
+        program, *options = environment["command"]
+        # a module that was run by its file has the file's name
+        start = f"python -m eanet.bench.{Path(program).stem}" if program.endswith(".py") else "eanet"
+        command = " ".join([start, *options])
         hardware = ", ".join(environment["gpus"]) or (
             f"{environment['processor']}, {environment['threads']} threads"
         )
