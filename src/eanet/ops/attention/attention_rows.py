@@ -15,6 +15,7 @@ from eanet.ops.attention import eager
 from eanet.ops.attention.thin_products import empty_map, parts, rows_from_map
 
 __all__ = [
+    "FEW_ENTRIES",
     "NormalizedRows",
     "attention_of_logits",
     "attention_rows",
@@ -25,6 +26,8 @@ __all__ = [
     "parts_of",
 ]
 
+#: entries of a map below which an operation costs what it takes to start it, more or less
+FEW_ENTRIES = 1 << 19
 #: tokens that are normalized together on a CPU: 64 slots of them take 4 MiB
 _PART_TOKENS = 1 << 14
 
@@ -138,6 +141,11 @@ def _double_normalize(
     """Fill ``attention`` as Eq. 11 has it, and return its denominator."""
     denominator = attention.new_empty((x.shape[0], 1, x.shape[2]))
     if attention.numel() == 0:
+        return denominator
+    if mask is None and x.numel() <= FEW_ENTRIES:
+        # few operations: to start each costs more than the numbers it goes through
+        logits = _logits(x, key, attention.dtype)
+        divide_by_slots_(torch.softmax(logits, dim=-1, out=attention), eps, denominator)
         return denominator
     for part, factor in exponentials(x, key, attention, mask):
         rows = attention[..., part].mul_(factor)

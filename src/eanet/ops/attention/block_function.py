@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eanet.ops.attention import eager
 from eanet.ops.attention.attention_rows import (
+    FEW_ENTRIES,
     attention_rows,
     divide_by_slots_,
     exponentials,
@@ -40,10 +41,6 @@ __all__ = [
 
 #: tokens whose products are summed at once: sums of parts round less than one long sum
 _MOMENT_TOKENS = 1 << 12
-
-#: entries of a map below which memory of its own for the attention costs less than a second buffer
-#: of the size of the map
-_FEW_ENTRIES = 1 << 19
 
 
 class BlockOptions(NamedTuple):
@@ -227,7 +224,7 @@ def inference_pass(
         or options.norm != "double"
         or options.batch_norm_eps is not None
         or not eager.eps_dominates_underflow(options.eps, dtype)
-        or (out is None and x.numel() <= _FEW_ENTRIES)
+        or (out is None and x.numel() <= FEW_ENTRIES)  # no need to share memory
     ):
         return forward_pass(operands, options, out)
     weight, bias, mask = operands.value.to(x.dtype), operands.bias, operands.mask
