@@ -224,7 +224,7 @@ def inference_pass(
         or options.norm != "double"
         or options.batch_norm_eps is not None
         or not eager.eps_dominates_underflow(options.eps, dtype)
-        or (out is None and x.numel() <= FEW_ENTRIES)  # no need to share memory
+        or x.numel() <= FEW_ENTRIES  # no need to share memory
     ):
         return forward_pass(operands, options, out)
     weight, bias, mask = operands.value.to(x.dtype), operands.bias, operands.mask
