@@ -93,7 +93,9 @@ def measured() -> str:
         environment = facts["environment"]
         program, *options = environment["command"]
         # a module that was run by its file has the file's name
-        start = f"python -m eanet.bench.{Path(program).stem}" if program.endswith(".py") else "eanet"
+        start = (
+            f"python -m eanet.bench.{Path(program).stem}" if program.endswith(".py") else "eanet"
+        )
         command = " ".join([start, *options])
         hardware = ", ".join(environment["gpus"]) or (
             f"{environment['processor']}, {environment['threads']} threads"
