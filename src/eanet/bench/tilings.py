@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eanet.bench.measure import device_name, write_figures
-from eanet.bench.sweep import Progress, open_device
+from eanet.bench.sweep import Progress
 from eanet.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--best", type=int, default=6, help="rows to print for each kernel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
-    device = open_device("cuda")
-    if device.type != "cuda":
-        raise UserError("tilings are measured on a GPU, and there is none here")
+    if not torch.cuda.is_available():
+        raise UserError("the tilings of the kernels are measured on a GPU, and there is none here")
+    device = torch.device("cuda")
     from eanet.ops.attention.launch import choose_tilings
 
     dtype = getattr(torch, options.dtype)

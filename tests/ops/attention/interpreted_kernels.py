@@ -33,6 +33,7 @@ from tests.ops.attention.kernel_cases import (
     Case,
     check,
     check_dropout,
+    check_masked_tokens_beside_small_logits,
     mutant,
     operands,
     run,
@@ -125,6 +126,12 @@ def test_more_parts_than_a_tile_holds():
 def test_dropout_drops_the_same_entries_in_both_passes(norm, dtype):
     case = Case(norm=norm, dtype=dtype, tokens=60, heads=2, mask="padded")
     check_dropout(case, CPU, 0.3)
+    # few slots: the map is kept for the backward pass
+    check_dropout(replace(case, slots=10, channels=40), CPU, 0.3)
+
+
+def test_masked_tokens_beside_small_logits():
+    check_masked_tokens_beside_small_logits(CPU)
 
 
 def test_dropout_follows_its_seed():

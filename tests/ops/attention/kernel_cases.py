@@ -236,6 +236,33 @@ def check_dropout(case, device, probability):
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
+def check_masked_tokens_beside_small_logits(device):
+    """Compare where valid logits lie so far below 0 that the 0 of masked tokens overflows."""
+    generator = torch.Generator().manual_seed(0)
+    x = 10 + 10 * torch.rand(2, 20, 8, generator=generator)
+    memory_key = 0.1 * torch.rand(5, 8, generator=generator) - 2
+    memory_value = torch.randn(5, 8, generator=generator)
+    mask = (torch.rand(2, 20, generator=generator) > 0.4).to(device)
+    operands = [tensor.to(device) for tensor in (x, memory_key, memory_value)]
+    assert (operands[0] @ operands[1].T).max() < -100
+
+    def gradients(function, dtype):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in operands]
+        out, _ = function(*leaves, num_heads=1, mask=mask)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    exact = gradients(reference.multi_head_external_attention, torch.float64)
+    plain = gradients(eager.multi_head_external_attention, torch.float32)
+    actual = gradients(with_map, torch.float32)
+    for found, near, expected in zip(actual, plain, exact, strict=True):
+        error, plain_error, scale = (
+            tensor.abs().max().item()
+            for tensor in (found.double() - expected, near.double() - expected, expected)
+        )
+        assert torch.isfinite(found).all()
+        assert error <= allowed_error(plain_error, scale, torch.float32)
+
+
 #: mistakes that the comparison has to notice, as changes of the call
 MUTANTS = {
     "no mask": (Case(mask="padded", heads=4), {"mask": None}),

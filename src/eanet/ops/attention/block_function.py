@@ -213,8 +213,9 @@ def inference_pass(
 ) -> ForwardPass:
     """Compute the block where nothing is kept for a backward pass.
 
-    On a CPU, between the two passes over x, the exponentials wait in the memory of the result,
-    whose first S channels are as large: no tensor of the size of the attention is allocated.
+    On a CPU, between the two passes over x, the exponentials of a large map wait in the memory of
+    the result, whose first S channels are as large: no tensor of the size of the attention is
+    allocated. A small map has too little to save.
     """
     x, num_slots = operands.x, operands.key.shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

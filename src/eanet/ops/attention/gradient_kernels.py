@@ -15,16 +15,16 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from eanet.ops.attention.kernels import (
-    _dot,
-    _dropout_factors,
-    _load_slots,
-    _map_inside,
-    _map_pointers,
-    _normalize,
-    _tile_pointers,
-    _tile_product,
-    _valid_tokens,
+from eanet.ops.attention.kernel_tiles import (
+    dot,
+    dropout_factors,
+    load_slots,
+    map_inside,
+    map_pointers,
+    normalize,
+    tile_pointers,
+    tile_product,
+    valid_tokens,
 )
 
 __all__ = ["attention_gradient", "key_gradient", "value_gradient"]
@@ -85,39 +85,39 @@ def attention_gradient(
     largest = total
     sums = total
     if DOUBLE and not KEPT:
-        largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
-        sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
+        largest = load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
+        sums = load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, num_tokens)
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-        attention_tile = _map_pointers(
+        valid = valid_tokens(mask, sample, tokens, last, num_tokens)
+        attention_tile = map_pointers(
             attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S
         )
-        inside = _map_inside(tokens, last, num_slots, BLOCK_S)
+        inside = map_inside(tokens, last, num_slots, BLOCK_S)
         if KEPT:
             weights = tl.load(attention_tile, mask=inside, other=0.0).to(tl.float32)
         else:
-            logits = _tile_product(
+            logits = tile_product(
                 rows, memory_key, start, valid, stride_xn, stride_xc, num_slots, num_channels,
                 BLOCK_N, BLOCK_S, BLOCK_C, LONG,
             )  # fmt: skip
-            weights, divisor = _normalize(
+            weights, divisor = normalize(
                 logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
             )
             tl.store(attention_tile, weights, mask=inside)
             if DOUBLE:
                 tl.store(denominator + pair * num_tokens + tokens, divisor, mask=tokens < last)
-        gradient = _tile_product(
+        gradient = tile_product(
             grad_rows, memory_value, start, valid, stride_gn, stride_gc, num_slots,
             num_value_channels, BLOCK_N, BLOCK_S, BLOCK_C, LONG,
         )  # fmt: skip
         if seed is not None:
-            gradient *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
+            gradient *= dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
         if grad_attention is not None:
             gradient += tl.load(
-                _map_pointers(grad_attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+                map_pointers(grad_attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
                 mask=inside & valid[:, None],
                 other=0.0,
             ).to(tl.float32)
@@ -125,7 +125,7 @@ def attention_gradient(
         weighted = weights * (gradient - mean[:, None])
         total += tl.sum(weighted, axis=0)
         tl.store(
-            _map_pointers(weighted_out, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            map_pointers(weighted_out, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
             weighted,
             mask=inside,
         )
@@ -150,22 +150,22 @@ def _logit_gradient(
 ):
     """Form the gradient of the logits, w - P * sum(w) with P = A * denominator."""
     tokens = start + tl.arange(0, BLOCK_N)
-    inside = _map_inside(tokens, num_tokens, num_slots, BLOCK_S)
+    inside = map_inside(tokens, num_tokens, num_slots, BLOCK_S)
     grad_logits = tl.load(
-        _map_pointers(weighted, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+        map_pointers(weighted, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
         mask=inside,
         other=0.0,
     )
     if DOUBLE:
         weights = tl.load(
-            _map_pointers(attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            map_pointers(attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
             mask=inside,
             other=0.0,
         ).to(tl.float32)
         scale = tl.load(
             denominator + pair * num_tokens + tokens, mask=tokens < num_tokens, other=0.0
         )
-        sums = _load_slots(weighted_sum + pair * num_slots, num_slots, 0.0, BLOCK_S)
+        sums = load_slots(weighted_sum + pair * num_slots, num_slots, 0.0, BLOCK_S)
         grad_logits -= weights * scale[:, None] * sums[None, :]
     return grad_logits
 
@@ -244,13 +244,13 @@ def key_gradient(
         start = (block % num_blocks) * BLOCK_N
         tokens = start + tl.arange(0, BLOCK_N)
         in_range = tokens < num_tokens
-        valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
+        valid = valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
         grad_logits = _logit_gradient(
             attention, denominator, weighted, weighted_sum, pair, start, num_tokens, num_slots,
             BLOCK_N, BLOCK_S, DOUBLE,
         )  # fmt: skip
         x_tile = tl.load(
-            _tile_pointers(
+            tile_pointers(
                 x + sample * stride_xb + head * num_channels * stride_xc,
                 start, first_channel, stride_xn, stride_xc, BLOCK_N, BLOCK_C, LONG,
             ),
@@ -261,17 +261,17 @@ def key_gradient(
         if SCALED:
             factor, inverse = _scale_to_half(grad_logits)
             scaled = (grad_logits * factor).to(x_tile.dtype)
-            grad_tokens = _dot(scaled, keys, zeros) * inverse
+            grad_tokens = dot(scaled, keys, zeros) * inverse
             key_zeros = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
-            total += _dot(tl.trans(scaled), x_tile, key_zeros) * inverse
+            total += dot(tl.trans(scaled), x_tile, key_zeros) * inverse
         else:
             cast = grad_logits.to(x_tile.dtype)
-            grad_tokens = _dot(cast, keys, zeros)
-            total = _dot(tl.trans(cast), x_tile, total)
+            grad_tokens = dot(cast, keys, zeros)
+            total = dot(tl.trans(cast), x_tile, total)
         inside = in_range[:, None] & exists[None, :]
         if RESIDUAL:
             grad_tokens += tl.load(
-                _tile_pointers(
+                tile_pointers(
                     grad_out + sample * stride_gb + head * num_channels * stride_gc,
                     start, first_channel, stride_gn, stride_gc, BLOCK_N, BLOCK_C, LONG,
                 ),
@@ -279,7 +279,7 @@ def key_gradient(
                 other=0.0,
             ).to(tl.float32)  # fmt: skip
         tl.store(
-            _tile_pointers(
+            tile_pointers(
                 grad_x + sample * stride_db + head * num_channels * stride_dc,
                 start, first_channel, stride_dn, stride_dc, BLOCK_N, BLOCK_C, LONG,
             ),
@@ -332,14 +332,14 @@ def value_gradient(
         head = pair % num_heads
         start = (block % num_blocks) * BLOCK_N
         tokens = start + tl.arange(0, BLOCK_N)
-        valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
+        valid = valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
         weights = tl.load(
-            _map_pointers(attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
-            mask=_map_inside(tokens, num_tokens, num_slots, BLOCK_S),
+            map_pointers(attention, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            mask=map_inside(tokens, num_tokens, num_slots, BLOCK_S),
             other=0.0,
         )  # [BLOCK_N, BLOCK_S]
         grad_tile = tl.load(
-            _tile_pointers(
+            tile_pointers(
                 grad_out + sample * stride_gb + head * num_value_channels * stride_gc,
                 start, first_channel, stride_gn, stride_gc, BLOCK_N, BLOCK_C, LONG,
             ),
@@ -347,8 +347,8 @@ def value_gradient(
             other=0.0,
         )  # fmt: skip
         if seed is not None:
-            weights *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
-        total = _dot(tl.trans(weights.to(grad_tile.dtype)), grad_tile, total)
+            weights *= dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
+        total = dot(tl.trans(weights.to(grad_tile.dtype)), grad_tile, total)
         bias_total += tl.sum(grad_tile.to(tl.float32), axis=0)
     tl.store(
         partial_value + run * stride_run + slots[:, None] * num_value_channels + channels[None, :],

@@ -22,195 +22,26 @@ Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors. ``no_type_chec
 that wrap functions away from them: Triton compiles their source, not their objects.
 """
 
-from typing import Final, no_type_check
+from typing import no_type_check
 
 import triton
 import triton.language as tl
 
+from eanet.ops.attention.kernel_tiles import (
+    INTERPRETED,
+    dot,
+    dropout_factors,
+    exp,
+    load_slots,
+    map_inside,
+    map_pointers,
+    normalize,
+    tile_pointers,
+    tile_product,
+    valid_tokens,
+)
+
 __all__ = ["INTERPRETED", "mix", "token_statistics"]
-
-
-@triton.jit
-@no_type_check
-def _dot(a, b, accumulator):
-    """Multiply tiles, adding to float32; float32 operands keep all their digits."""
-    if _INTERPRETED:
-        # the interpreter would multiply the bit patterns of bfloat16 as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="ieee")
-
-
-#: whether TRITON_INTERPRET was set when Triton was imported
-INTERPRETED: Final = not isinstance(_dot, triton.runtime.JITFunction)
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-@no_type_check
-def _exp(x):
-    """Return e^x for x up to 0, to the last digits of float32.
-
-    The GPU has 2^x; the rounding of x / ln 2 alone would cost a digit where x is large.
-    """
-    x = tl.where(x < -200.0, -200.0, x)
-    exponent = x * 1.4426950408889634
-    # what is lost by rounding the product, and the digits of 1 / ln 2 beyond float32
-    lost = tl.fma(x, 1.4426950216293335, -exponent) + x * 1.925963033500011e-08
-    return tl.exp2(exponent) * (1.0 + 0.6931471805599453 * lost)
-
-
-@triton.jit
-@no_type_check
-def _valid_tokens(mask, sample, tokens, last, num_tokens):
-    """Tell which tokens of a tile exist and take part, [BLOCK_N]."""
-    valid = tokens < last
-    if mask is not None:
-        valid = valid & (tl.load(mask + sample * num_tokens + tokens, mask=valid, other=0) != 0)
-    return valid
-
-
-@triton.jit
-@no_type_check
-def _tile_pointers(
-    rows,
-    first_token,
-    first_channel,
-    stride_n,
-    stride_c,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    LONG: tl.constexpr,
-):
-    """Return pointers to a tile of (N, channels), [BLOCK_N, BLOCK_C].
-
-    Where a tile ends is told by 64 bits, and places within it by 32 unless LONG: pointers are what
-    registers are short of.
-    """
-    tokens = tl.arange(0, BLOCK_N)
-    channels = tl.arange(0, BLOCK_C)
-    if LONG:
-        tokens = tokens.to(tl.int64)
-        channels = channels.to(tl.int64)
-    zero = tl.full((), 0, dtype=tl.int64)
-    corner = rows + (zero + first_token) * stride_n + (zero + first_channel) * stride_c
-    return corner + (tokens[:, None] * stride_n + channels[None, :] * stride_c)
-
-
-@triton.jit
-@no_type_check
-def _tile_product(
-    rows,  # pointer to (N, channels) with strides
-    memory,  # pointer to (S, channels), contiguous
-    first_token,
-    valid,  # [BLOCK_N]
-    stride_n,
-    stride_c,
-    num_slots,
-    num_channels,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    LONG: tl.constexpr,
-):
-    """Multiply rows of tokens with the rows of a memory; rows that are not valid count as 0."""
-    slots = tl.arange(0, BLOCK_S)
-    product = tl.zeros([BLOCK_N, BLOCK_S], dtype=tl.float32)
-    for first in range(0, num_channels, BLOCK_C):
-        channels = first + tl.arange(0, BLOCK_C)
-        exists = channels < num_channels
-        tile = tl.load(
-            _tile_pointers(rows, first_token, first, stride_n, stride_c, BLOCK_N, BLOCK_C, LONG),
-            mask=valid[:, None] & exists[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_C]
-        memory_tile = tl.load(
-            memory + slots[None, :] * num_channels + channels[:, None],
-            mask=exists[:, None] & (slots < num_slots)[None, :],
-            other=0.0,
-        )  # [BLOCK_C, BLOCK_S]
-        product = _dot(tile, memory_tile, product)
-    return product
-
-
-@triton.jit
-@no_type_check
-def _map_pointers(
-    maps, pair, first_token, num_tokens, num_slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Return pointers to a tile of a map (B * H, N, S), [BLOCK_N, BLOCK_S]."""
-    corner = maps + (pair * num_tokens + first_token) * num_slots  # pair has 64 bits
-    return corner + (tl.arange(0, BLOCK_N)[:, None] * num_slots + tl.arange(0, BLOCK_S)[None, :])
-
-
-@triton.jit
-@no_type_check
-def _map_inside(tokens, last, num_slots, BLOCK_S: tl.constexpr):
-    """Tell which entries of a tile of a map exist, [BLOCK_N, BLOCK_S]."""
-    return (tokens < last)[:, None] & (tl.arange(0, BLOCK_S) < num_slots)[None, :]
-
-
-@triton.jit
-@no_type_check
-def _load_slots(vector, num_slots, other, BLOCK_S: tl.constexpr):
-    """Load a vector over the slots as float32, [BLOCK_S]."""
-    slots = tl.arange(0, BLOCK_S)
-    return tl.load(vector + slots, mask=slots < num_slots, other=other).to(tl.float32)
-
-
-@triton.jit
-@no_type_check
-def _normalize(
-    logits,  # [BLOCK_N, BLOCK_S]
-    valid,  # [BLOCK_N]
-    key_bias,
-    largest,  # [BLOCK_S]; read under DOUBLE alone, as sums
-    sums,  # [BLOCK_S]
-    num_slots,
-    log_eps,
-    BLOCK_S: tl.constexpr,
-    DOUBLE: tl.constexpr,
-):
-    """Return attention [BLOCK_N, BLOCK_S] and the denominator of Eq. 11 [BLOCK_N] (of "double").
-
-    Numerator and denominator of Eq. 11 are divided by the largest exponential of the token, or by
-    eps if that is larger: nothing underflows, and eps = 0 (log_eps = -inf) is no special case.
-    """
-    slots = tl.arange(0, BLOCK_S)
-    if DOUBLE:
-        logits = logits - largest[None, :]
-    elif key_bias is not None:
-        logits = logits + _load_slots(key_bias, num_slots, 0.0, BLOCK_S)[None, :]
-    logits = tl.where((slots < num_slots)[None, :], logits, float("-inf"))
-    offset = tl.max(logits, axis=1)  # [BLOCK_N]
-    if DOUBLE:
-        offset = tl.maximum(offset, log_eps)
-    weights = _exp(logits - offset[:, None])
-    if DOUBLE:
-        weights /= sums[None, :]
-    total = tl.sum(weights, axis=1)
-    denominator = total
-    if DOUBLE:
-        total += _exp(log_eps - offset)
-        denominator = _exp(offset) * total
-    attention = tl.where(valid[:, None], weights / total[:, None], 0.0)
-    return attention, denominator
-
-
-@triton.jit
-@no_type_check
-def _dropout_factors(seed, pair, tokens, dropout, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Return 0 or 1 / (1 - dropout) for each entry of a tile, [BLOCK_N, BLOCK_S].
-
-    A counter-based generator: the number depends on seed, pair, token and slot alone, so that the
-    backward pass finds the same ones without having kept them.
-    """
-    zeros = tl.zeros([BLOCK_N, BLOCK_S], dtype=tl.int32)
-    token_counter = zeros + tokens.to(tl.int32)[:, None]
-    slot_counter = zeros + tl.arange(0, BLOCK_S)[None, :]
-    pair_counter = zeros + pair.to(tl.int32)
-    bits, _, _, _ = tl.philox(tl.load(seed), token_counter, slot_counter, pair_counter, zeros)
-    return tl.where(tl.uint_to_uniform_float(bits) >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
 @triton.jit
@@ -223,7 +54,7 @@ def _join_statistics(largest, total, other_largest, other_total):
     joined = tl.maximum(largest, other_largest)
     # where neither has a token, -inf - -inf would be no number
     reference = tl.where(joined == float("-inf"), 0.0, joined)
-    total = total * _exp(largest - reference) + other_total * _exp(other_largest - reference)
+    total = total * exp(largest - reference) + other_total * exp(other_largest - reference)
     return joined, total
 
 
@@ -234,7 +65,7 @@ def _tile_statistics(logits, valid):
     logits = tl.where(valid[:, None], logits, float("-inf"))
     largest = tl.max(logits, axis=0)
     reference = tl.where(largest == float("-inf"), 0.0, largest)
-    return largest, tl.sum(_exp(logits - reference[None, :]), axis=0)
+    return largest, tl.sum(exp(logits - reference[None, :]), axis=0)
 
 
 @triton.jit
@@ -284,7 +115,7 @@ def _combine_parts(
         tile_total = tl.load(partial_sums + position, mask=exists, other=0.0, cache_modifier=".cg")
         block_largest = tl.max(tile_largest, axis=0)
         reference = tl.where(block_largest == float("-inf"), 0.0, block_largest)
-        block_total = tl.sum(tile_total * _exp(tile_largest - reference[None, :]), axis=0)
+        block_total = tl.sum(tile_total * exp(tile_largest - reference[None, :]), axis=0)
         largest, total = _join_statistics(largest, total, block_largest, block_total)
     return _finish_statistics(largest, total)
 
@@ -331,16 +162,16 @@ def token_statistics(
     last = tl.minimum(first + tokens_per_split, num_tokens)
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        valid = _valid_tokens(mask, sample, tokens, last, num_tokens)
-        logits = _tile_product(
+        valid = valid_tokens(mask, sample, tokens, last, num_tokens)
+        logits = tile_product(
             rows, memory_key, start, valid, stride_n, stride_c, num_slots, num_channels,
             BLOCK_N, BLOCK_S, BLOCK_C, LONG,
         )  # fmt: skip
         if kept_logits is not None:
             tl.store(
-                _map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+                map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
                 logits,
-                mask=_map_inside(tokens, last, num_slots, BLOCK_S),
+                mask=map_inside(tokens, last, num_slots, BLOCK_S),
             )
         tile_largest, tile_total = _tile_statistics(logits, valid)
         largest, total = _join_statistics(largest, total, tile_largest, tile_total)
@@ -403,11 +234,11 @@ def _weighted_values(
         values_1 = _values(memory_value, PART, channels, num_slots, num_value_channels, PART)
         values_2 = _values(memory_value, 2 * PART, channels, num_slots, num_value_channels, PART)
         values_3 = _values(memory_value, 3 * PART, channels, num_slots, num_value_channels, PART)
-        mixed = _dot(part_0, values_0, zeros) + _dot(part_1, values_1, zeros)
-        mixed += _dot(part_2, values_2, zeros) + _dot(part_3, values_3, zeros)
+        mixed = dot(part_0, values_0, zeros) + dot(part_1, values_1, zeros)
+        mixed += dot(part_2, values_2, zeros) + dot(part_3, values_3, zeros)
     else:
         values = _values(memory_value, 0, channels, num_slots, num_value_channels, BLOCK_S)
-        mixed = _dot(weights, values, zeros)
+        mixed = dot(weights, values, zeros)
     return mixed
 
 
@@ -432,8 +263,8 @@ def _statistics_of_block(
         largest, sums = _finish_statistics(largest, sums)
         _store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
     elif DOUBLE:
-        largest = _load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
-        sums = _load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
+        largest = load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
+        sums = load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
     return largest, sums
 
 
@@ -487,36 +318,36 @@ def mix(
     start = (program % num_blocks) * BLOCK_N
     tokens = start + tl.arange(0, BLOCK_N)
     in_range = tokens < num_tokens
-    valid = _valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
+    valid = valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
     rows = x + sample * stride_xb + head * num_channels * stride_xc
-    inside_map = _map_inside(tokens, num_tokens, num_slots, BLOCK_S)
+    inside_map = map_inside(tokens, num_tokens, num_slots, BLOCK_S)
     if kept_logits is not None:
         logits = tl.load(
-            _map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
             mask=inside_map,
             other=0.0,
         )
     else:
-        logits = _tile_product(
+        logits = tile_product(
             rows, memory_key, start, valid, stride_xn, stride_xc, num_slots, num_channels,
             BLOCK_N, BLOCK_S, BLOCK_C, LONG,
         )  # fmt: skip
     largest, sums = _statistics_of_block(
         logits, valid, statistics, pair, num_pairs, num_slots, BLOCK_S, DOUBLE, ALONE
     )
-    attention, denominator = _normalize(
+    attention, denominator = normalize(
         logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
     )
     if denominator_out is not None:
         tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=in_range)
     if attention_out is not None:
         tl.store(
-            _map_pointers(attention_out, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            map_pointers(attention_out, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
             attention.to(attention_out.dtype.element_ty),
             mask=inside_map,
         )
     if seed is not None:
-        attention *= _dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
+        attention *= dropout_factors(seed, pair, tokens, dropout, BLOCK_N, BLOCK_S)
     weights = attention.to(memory_value.dtype.element_ty)
     out_rows = out + sample * stride_ob + head * num_value_channels * stride_oc
     for first in range(0, num_value_channels, BLOCK_C):
@@ -532,12 +363,12 @@ def mix(
         inside = in_range[:, None] & exists[None, :]
         if RESIDUAL:
             mixed += tl.load(
-                _tile_pointers(rows, start, first, stride_xn, stride_xc, BLOCK_N, BLOCK_C, LONG),
+                tile_pointers(rows, start, first, stride_xn, stride_xc, BLOCK_N, BLOCK_C, LONG),
                 mask=inside,
                 other=0.0,
             ).to(tl.float32)
         tl.store(
-            _tile_pointers(out_rows, start, first, stride_on, stride_oc, BLOCK_N, BLOCK_C, LONG),
+            tile_pointers(out_rows, start, first, stride_on, stride_oc, BLOCK_N, BLOCK_C, LONG),
             mixed.to(out.dtype.element_ty),
             mask=inside,
         )
