@@ -79,8 +79,8 @@ def test_external_attention_in_three_forms(counted):
     assert (counted[PAPER].parameters, counted[PAPER].macs) == (591_360, 9_663_676_416)
     assert counted[FIRST].parameters == 591_360
     assert counted[FOLDED].parameters == 2 * 64 * 512 + 512 == 66_048
-    # the vector rides along as one more slot of the second product
-    assert counted[FOLDED].macs == (2 * 64 + 1) * 512 * tokens
+    # biases are left out of all counts
+    assert counted[FOLDED].macs == 2 * 64 * 512 * tokens
     assert counted[FIRST].macs == counted[FOLDED].macs + 2 * 64 * 512**2
     assert counted["SA"].macs / counted[PAPER].macs == pytest.approx(30.2, abs=0.05)
 

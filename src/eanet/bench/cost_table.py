@@ -47,8 +47,7 @@ _PUBLISHED = {"EA, the paper's steps": "EA (Ours)"}
 _OWN_NOTES = {
     "EA, weights multiplied first": "the same function: the two square projections are multiplied "
     "with the memories, so that they never meet the positions",
-    "EA, folded for inference": "two matrices and one vector; the vector counts as one more slot, "
-    "since it is added by the second product",
+    "EA, folded for inference": "two matrices and one vector, which is added",
 }
 
 

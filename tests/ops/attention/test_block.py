@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eanet.ops.attention import multi_head_external_attention
 from eanet.ops.attention.block import BatchNormArguments, external_attention_block
 from eanet.ops.attention.block_function import BlockOperands, BlockOptions, composed_block
 
@@ -125,10 +126,61 @@ def test_a_buffer_that_does_not_fit_is_refused(without_shape_checks):
             external_attention_block(given, key, value, out=out)
 
 
+def test_a_recorded_gradient_is_the_same():
+    """Products by oneDNN have no gradient of their own: one that is recorded must not use them."""
+    torch.manual_seed(0)
+    x, key, value = torch.randn(1, 8, 4096), torch.randn(64, 8), torch.randn(8, 64)
+    leaves = [tensor.requires_grad_() for tensor in (x, key, value)]
+    out, _ = external_attention_block(*leaves, batch_norm=BatchNormArguments(None, None))
+    usual = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    recorded = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    for found, expected in zip(recorded, usual, strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-4 * scale)
+
+
+#: tokens of few entries, of one part, and of several parts of which the last is short
+@pytest.mark.parametrize("tokens", [1, 50, 3000, 18_000])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("num_heads", "norm"), [(1, "double"), (3, "double"), (3, "softmax")])
+def test_heads_side_by_side_equal_the_reference(tokens, masked, num_heads, norm):
+    torch.manual_seed(tokens)
+    shapes = [(2, tokens, num_heads * 24), (5, 24), (5, 16), (5,), (16,)]
+    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    mask = torch.arange(tokens) < torch.tensor([[tokens - tokens // 3], [0]])
+    cotangent = torch.randn(2, tokens, num_heads * 16, dtype=torch.float64)
+    found = {}
+    for backend in ("reference", "eager"):
+        out = multi_head_external_attention(
+            *leaves[:3],
+            num_heads=num_heads,
+            memory_key_bias=leaves[3],
+            memory_value_bias=leaves[4],
+            norm=norm,
+            mask=mask if masked else None,
+            backend=backend,
+        )
+        found[backend] = [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+        with torch.no_grad():
+            alone = multi_head_external_attention(
+                *leaves[:3],
+                num_heads=num_heads,
+                memory_key_bias=leaves[3],
+                memory_value_bias=leaves[4],
+                norm=norm,
+                mask=mask if masked else None,
+                backend=backend,
+            )
+        torch.testing.assert_close(alone, out, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(found["eager"], found["reference"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_no_tokens_give_nothing():
     x = torch.zeros(2, 4, 0, requires_grad=True)
     key, value = torch.ones(3, 4, requires_grad=True), torch.ones(4, 3, requires_grad=True)
     out, _ = external_attention_block(x, key, value)
     gradients = torch.autograd.grad(out.sum(), [x, key, value])
     assert out.shape == x.shape
+    assert multi_head_external_attention(x.mT, key[:, :2], num_heads=2).shape == (2, 0, 4)
     assert all((gradient == 0).all() for gradient in gradients)

@@ -1,35 +1,32 @@
 """From tokens to attention rows (batch, slots, tokens): logits, and their normalization.
 
 ``attention_rows`` is made of ordinary differentiable operations. ``normalized_rows`` is the fast
-form for a function that brings its own gradient: it normalizes in the buffer in which the rows
-stay, part by part, so that a part is still in the cache for the next step.
+form for a function that brings its own gradient: it normalizes logits where they lie. Its rows may
+hold several heads, whose columns of a token stand side by side: (batch, slots, tokens * heads).
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eanet.ops.attention import eager
-from eanet.ops.attention.thin_products import empty_map, parts, rows_from_map
+from eanet.ops.attention.thin_products import linear, parts, rows_from_map
 
 __all__ = [
-    "FEW_ENTRIES",
-    "NormalizedRows",
+    "PART_COLUMNS",
     "attention_of_logits",
     "attention_rows",
     "block_logits",
-    "divide_by_slots_",
-    "exponentials",
+    "by_token",
     "normalized_rows",
     "parts_of",
+    "token_attention",
 ]
 
-#: entries of a map below which an operation costs what it takes to start it, more or less
-FEW_ENTRIES = 1 << 19
-#: tokens that are normalized together on a CPU: 64 slots of them take 4 MiB
-_PART_TOKENS = 1 << 14
+#: columns that are normalized together on a CPU: 64 slots of them take 4 MiB
+PART_COLUMNS = 1 << 14
 
 
 def attention_rows(
@@ -60,142 +57,160 @@ def attention_of_logits(
 
 def block_logits(x: Tensor, key: Tensor, key_bias: Tensor | None) -> Tensor:
     """Return ``key @ x + key_bias`` (batch, slots, tokens), at least in float32."""
-    if x.dtype == torch.float16:  # its range ends at 65504, which sums of products exceed
-        x, key = x.float(), key.float()
-    logits = torch.bmm(key.to(x.dtype).expand(x.shape[0], *key.shape), x)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    x, key = _in_range(x, key)
+    logits = _at_least_float32(torch.bmm(key.expand(x.shape[0], *key.shape), x))
     return logits if key_bias is None else logits + key_bias.to(logits.dtype).unsqueeze(-1)
 
 
-class NormalizedRows(NamedTuple):
-    """Attention without a history of gradients.
+def token_attention(
+    tokens: Float[Tensor, "batch tokens *heads channels"],
+    key: Float[Tensor, "slots channels"],
+    key_bias: Float[Tensor, " slots"] | None,
+    *,
+    norm: Literal["double", "softmax"],
+    eps: float,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, "batch tokens *heads slots"]:
+    """Return the attention of tokens whose channels lie side by side, at least in float32.
 
-    Attributes:
-        buffer: (batch, slots or one more, tokens), at least float32, lying as the tokens do.
-        denominator: of Eq. 11, (batch, 1, tokens); ``None`` under the norm "softmax".
-        num_slots: the rows of the buffer that hold attention; one more is left to the caller.
+    Its slots lie side by side as well: a softmax copies what does not lie in the order of its
+    dimensions.
     """
-
-    buffer: Tensor
-    denominator: Tensor | None
-    num_slots: int
-
-    @property
-    def attention(self) -> Tensor:
-        """The attention (batch, slots, tokens)."""
-        return self.buffer[:, : self.num_slots]
+    logits = _at_least_float32(linear(*_in_range(tokens, key)))
+    if key_bias is not None:
+        logits = logits + key_bias.to(logits.dtype)
+    if norm == "double":
+        return eager.double_normalize(logits, token_dim=1, slot_dim=-1, eps=eps, mask=mask)
+    return eager.slot_softmax(logits, token_dim=1, slot_dim=-1, mask=mask)
 
 
-def parts_of(x: Tensor, most: int = _PART_TOKENS) -> list[slice]:
-    """Return the tokens of a map in the parts that are worked on together on a CPU."""
+def _in_range(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the type of x, or in float32 if sums of products could leave its range."""
+    if x.dtype == torch.float16:  # which ends at 65504
+        x = x.float()
+    return x, key.to(x.dtype)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Return logits in the type they are normalized in."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def parts_of(x: Tensor, num_columns: int = PART_COLUMNS, *, dim: int = 2) -> list[slice]:
+    """Return the tokens along a dimension in the parts that are worked on together on a CPU."""
+    length = x.shape[dim]
     in_parts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return list(parts(x.shape[2], most)) if in_parts else [slice(0, x.shape[2])]
+    return list(parts(length, num_columns)) if in_parts else [slice(0, length)]
+
+
+def by_token(rows: Tensor, num_heads: int) -> Tensor:
+    """Return rows (..., columns) as a view (..., tokens, heads)."""
+    return rows.view(*rows.shape[:-1], rows.shape[-1] // num_heads, num_heads)
 
 
 def normalized_rows(
-    x: Float[Tensor, "batch channels tokens"],
+    x: Float[Tensor, "batch channels columns"],
     key: Float[Tensor, "slots channels"],
     key_bias: Float[Tensor, " slots"] | None,
     *,
     norm: Literal["double", "softmax"],
     eps: float,
     mask: Bool[Tensor, "batch tokens"] | None,
-    with_bias_row: bool,
-) -> NormalizedRows:
-    """Compute attention into one buffer.
+    num_heads: int,
+) -> tuple[Float[Tensor, "batch slots columns"], Float[Tensor, "batch 1 columns"] | None]:
+    """Compute attention in the place of its logits, without a history of gradients.
 
     Args:
-        x: tokens.
+        x: tokens, or the heads of one token after the other.
         key: compared with them.
         key_bias: added to the logits.
         norm: "double" or "softmax".
         eps: of the double normalization.
         mask: True for tokens that take part.
-        with_bias_row: append a row that is 1 for tokens that take part: its column in the second
-            product is the bias.
+        num_heads: columns of x that belong to a token; each is normalized among its like.
+
+    Returns:
+        Attention, at least in float32 and lying as the tokens do; and the denominator of Eq. 11,
+        which the norm "softmax" does not have.
     """
-    num_slots = key.shape[0]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    buffer = empty_map(x, num_slots + with_bias_row, dtype)
-    if with_bias_row:
-        buffer[:, num_slots] = 1.0 if mask is None else mask.to(dtype)
-    rows = NormalizedRows(buffer, None, num_slots)
-    if norm == "double" and eager.eps_dominates_underflow(eps, dtype):
+    x, key = _in_range(x, key)
+    rows = _at_least_float32(rows_from_map(key, x))
+    logits = by_token(rows, num_heads)
+    mask = None if mask is None else mask[:, None, :, None]
+    if norm == "double" and eager.eps_dominates_underflow(eps, logits.dtype):
         # without key_bias, which the softmax over the tokens cancels
-        return rows._replace(denominator=_double_normalize(x, key, rows.attention, eps, mask))
-    logits = block_logits(x, key, key_bias)
+        return rows, _double_normalize_(logits, eps, mask).flatten(2)
+    if key_bias is not None:
+        logits.add_(key_bias.to(logits.dtype)[:, None, None])
     if norm == "double":
-        broadcast_mask = None if mask is None else mask.unsqueeze(1)
-        attention, denominator = eager.normalize(logits, 2, 1, eps, broadcast_mask)
-    else:
-        attention = eager.slot_softmax(logits, token_dim=-1, slot_dim=-2, mask=mask)
-        denominator = None
-    rows.attention.copy_(attention)
-    return rows._replace(denominator=denominator)
+        attention, denominator = eager.normalize(logits, 2, 1, eps, mask)
+        logits.copy_(attention)
+        return rows, denominator.flatten(2)
+    logits.copy_(torch.softmax(logits, dim=1))
+    if mask is not None:
+        logits.masked_fill_(~mask, 0.0)
+    return rows, None
 
 
-def _double_normalize(
-    x: Tensor, key: Tensor, attention: Tensor, eps: float, mask: Tensor | None
-) -> Tensor:
-    """Fill ``attention`` as Eq. 11 has it, and return its denominator."""
-    denominator = attention.new_empty((x.shape[0], 1, x.shape[2]))
-    if attention.numel() == 0:
+def _double_normalize_(logits: Tensor, eps: float, mask: Tensor | None) -> Tensor:
+    """Turn logits (B, S, N, H) into attention (Eq. 10-11) in place, and return its denominator."""
+    denominator = logits.new_empty((logits.shape[0], 1, *logits.shape[2:]))
+    if logits.numel() == 0:
         return denominator
-    if mask is None and x.numel() <= FEW_ENTRIES:
-        # few operations: to start each costs more than the numbers it goes through
-        logits = _logits(x, key, attention.dtype)
-        divide_by_slots_(torch.softmax(logits, dim=-1, out=attention), eps, denominator)
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and mask is None and logits.shape[2] <= eager.MOST_TOKENS_OF_SOFTMAX:
+        _softmax_over_tokens_(logits)
+        _divide_by_slots_(logits, eps, denominator)
         return denominator
-    for part, factor in exponentials(x, key, attention, mask):
-        rows = attention[..., part].mul_(factor)
-        divide_by_slots_(rows, eps, denominator[..., part])
+    for part, factor in _exponentials_(logits, mask):
+        _divide_by_slots_(logits[:, :, part].mul_(factor), eps, denominator[:, :, part])
     return denominator
 
 
-def exponentials(
-    x: Tensor, key: Tensor, out: Tensor, mask: Tensor | None
-) -> list[tuple[slice, Tensor]]:
-    """Write the exponentials of the logits to ``out``, and return what makes them a softmax.
+def _softmax_over_tokens_(logits: Tensor) -> None:
+    """Apply Eq. 10 to (B, S, N, H) in place, in the order in which its dimensions lie.
+
+    A softmax copies what lies otherwise, and is slow where a dimension of one entry is last.
+    """
+    if logits.stride(1) == 1:
+        lying, dim = logits.permute(0, 2, 3, 1), 1
+    else:
+        lying, dim = logits.flatten(2) if logits.shape[3] == 1 else logits, 2
+    torch.softmax(lying, dim=dim, out=lying)
+
+
+def _exponentials_(logits: Tensor, mask: Tensor | None) -> list[tuple[slice, Tensor]]:
+    """Turn logits (B, S, N, H) into exponentials, and return what makes them a softmax.
 
     Each part is exponentiated with its own largest logit, which one factor for each slot and part
     corrects afterwards: exp(l - m) / total = exp(l - m_part) * exp(m_part - m) / total.
 
     Returns:
-        The parts of the tokens with their factors (batch, slots, 1), 1 / total of Eq. 10 included.
+        The parts of the tokens with their factors (B, S, 1, H), 1 / total of Eq. 10 included.
     """
     maxima: list[Tensor] = []
     sums: list[Tensor] = []
-    all_parts = parts_of(x)
+    all_parts = parts_of(logits, max(1, PART_COLUMNS // logits.shape[3]))
     for part in all_parts:
-        logits = _logits(x[..., part], key, out.dtype)
-        part_mask = None if mask is None else ~mask[:, part].unsqueeze(1)
+        rows = logits[:, :, part]
+        part_mask = None if mask is None else ~mask[:, :, part]
         if part_mask is not None:
             # a finite value, so that a sample without any valid token gives no inf - inf
-            logits.masked_fill_(part_mask, torch.finfo(logits.dtype).min)
-        maxima.append(logits.amax(-1, keepdim=True))
-        logits.sub_(maxima[-1]).exp_()
+            rows.masked_fill_(part_mask, torch.finfo(rows.dtype).min)
+        maxima.append(rows.amax(2, keepdim=True))
+        rows.sub_(maxima[-1]).exp_()
         if part_mask is not None:
-            logits.masked_fill_(part_mask, 0.0)
-        sums.append(logits.sum(-1, keepdim=True))
-        out[..., part] = logits
-    part_maxima = torch.cat(maxima, dim=-1)  # (B, S, parts)
-    factors = torch.exp(part_maxima - part_maxima.amax(-1, keepdim=True))
+            rows.masked_fill_(part_mask, 0.0)
+        sums.append(rows.sum(2, keepdim=True))
+    part_maxima = torch.cat(maxima, dim=2)  # (B, S, parts, H)
+    factors = torch.exp(part_maxima - part_maxima.amax(2, keepdim=True))
     # the largest exponential is 1, so the clamp changes samples without valid tokens alone
-    factors /= (torch.cat(sums, dim=-1) * factors).sum(-1, keepdim=True).clamp_(min=1.0)
-    return [(part, factors[..., i : i + 1]) for i, part in enumerate(all_parts)]
+    factors /= (torch.cat(sums, dim=2) * factors).sum(2, keepdim=True).clamp_(min=1.0)
+    # factors with gaps between them would be multiplied one by one
+    return [(part, factors[:, :, [i]]) for i, part in enumerate(all_parts)]
 
 
-def divide_by_slots_(rows: Tensor, eps: float, denominator: Tensor | None = None) -> Tensor:
-    """Normalize over the slots (Eq. 11) in place, and keep the divisor where there is a place."""
-    if denominator is None:
-        return rows.div_(rows.sum(1, keepdim=True).add_(eps))
-    torch.sum(rows, 1, keepdim=True, out=denominator).add_(eps)
-    return rows.div_(denominator)
-
-
-def _logits(x: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the logits of some tokens in a type of at least float32."""
-    if x.dtype == torch.float16:  # its range ends at 65504, which sums of products exceed
-        x = x.float()
-    return rows_from_map(key.to(x.dtype), x).to(dtype)
+def _divide_by_slots_(rows: Tensor, eps: float, denominator: Tensor) -> None:
+    """Normalize over the slots (Eq. 11) in place, and keep the divisor."""
+    torch.sum(rows, 1, keepdim=True, out=denominator)
+    rows.div_(denominator.add_(eps))

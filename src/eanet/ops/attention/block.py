@@ -16,16 +16,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eanet.ops.attention import custom_op, eager
+from eanet.ops.attention.attention_rows import token_attention
 from eanet.ops.attention.block_function import (
     BlockFunction,
     BlockOperands,
     BlockOptions,
     composed_block,
-    inference_pass,
+    forward_pass,
     num_valid,
 )
+from eanet.ops.attention.thin_products import linear
 
 __all__ = ["BatchNormArguments", "BatchStatistics", "external_attention_block", "result_only"]
+
+
+#: entries of a map up to which the start of an operation counts more than what it does
+_FEW_ENTRIES = 1 << 18
 
 
 class BatchNormArguments(NamedTuple):
@@ -105,16 +111,22 @@ def external_attention_block(
         return _by_kernels(operands, options), None
     if out is not None:
         _check_out(out, operands)
-    if out is None and torch.compiler.is_compiling():
-        result, mean, variance = composed_block(operands, options)
-    elif out is not None or not _records_gradients(operands):
-        passed = inference_pass(operands, options, out)
-        result, mean, variance = passed.out, passed.mean, passed.variance
-    else:
-        result, mean, variance = BlockFunction.apply(options, *operands)  # pyright: ignore[reportGeneralTypeIssues]
+    result, mean, variance = _by_eager(operands, options, out)
     if batch_norm is None:
         return result, None
     return result, BatchStatistics(mean, variance, num_valid(x, mask, mean.dtype))
+
+
+def _by_eager(
+    operands: BlockOperands, options: BlockOptions, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return result, mean and variance of plain PyTorch."""
+    if out is None and torch.compiler.is_compiling():
+        return composed_block(operands, options)
+    if out is not None or not _records_gradients(operands):
+        passed = forward_pass(operands, options, out)
+        return passed.out, passed.mean, passed.variance
+    return BlockFunction.apply(options, *operands)  # pyright: ignore[reportReturnType]
 
 
 def _by_kernels(operands: BlockOperands, options: BlockOptions) -> Tensor:
@@ -151,25 +163,33 @@ def result_only(
 
     Arguments as for :func:`eanet.ops.attention.multi_head_external_attention`.
     """
-    if num_heads > 1 or torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
         return eager.multi_head_external_attention(
             x, memory_key, memory_value, num_heads=num_heads, memory_key_bias=memory_key_bias,
             memory_value_bias=memory_value_bias, norm=norm, eps=eps, mask=mask,
         )[0]  # fmt: skip
-    out, _ = external_attention_block(
-        x.transpose(1, 2),
-        memory_key,
-        (memory_key if memory_value is None else memory_value).transpose(0, 1),
-        key_bias=memory_key_bias,
-        bias=memory_value_bias,
-        norm=norm,
-        eps=eps,
-        mask=mask,
-        residual=False,
-        relu=False,
-        backend="eager",
+    value = memory_key if memory_value is None else memory_value
+    batch, tokens, _ = x.shape
+    if mask is None and _has_few_entries(x):
+        heads = x if num_heads == 1 else x.reshape(batch, tokens, num_heads, -1)
+        attention = token_attention(heads, memory_key, memory_key_bias, norm=norm, eps=eps)
+        bias = None if memory_value_bias is None else memory_value_bias.to(x.dtype)
+        out = linear(attention.to(x.dtype), value.to(x.dtype).transpose(0, 1), bias)
+        return out if num_heads == 1 else out.flatten(2)
+    # the heads of a token lie side by side, and become columns without a copy
+    columns = x.reshape(batch, tokens * num_heads, memory_key.shape[1]).transpose(1, 2)
+    options = BlockOptions(norm, eps, None, residual=False, relu=False, num_heads=num_heads)
+    operands = BlockOperands(
+        columns, memory_key, value.transpose(0, 1), memory_key_bias, memory_value_bias, None, mask
     )
-    return out.transpose(1, 2)
+    out, _, _ = _by_eager(operands, options, None)
+    return out.transpose(1, 2).reshape(batch, tokens, num_heads * value.shape[1])
+
+
+def _has_few_entries(x: Tensor) -> bool:
+    """Tell whether ordinary operations take less time than a function with its own gradient."""
+    few = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return few and 0 < x.numel() <= _FEW_ENTRIES
 
 
 def _records_gradients(operands: BlockOperands) -> bool:

@@ -9,16 +9,17 @@ of x where it lies. Equations: ``docs/explanation/numerics.md``.
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eanet.ops.attention import eager
 from eanet.ops.attention.attention_rows import (
-    FEW_ENTRIES,
-    attention_rows,
-    divide_by_slots_,
-    exponentials,
+    PART_COLUMNS,
+    block_logits,
+    by_token,
     normalized_rows,
     parts_of,
+    token_attention,
 )
 from eanet.ops.attention.thin_products import (
     empty_map,
@@ -34,7 +35,7 @@ __all__ = [
     "BlockOptions",
     "ForwardPass",
     "composed_block",
-    "inference_pass",
+    "forward_pass",
     "num_valid",
 ]
 
@@ -51,12 +52,16 @@ class BlockOptions(NamedTuple):
     batch_norm_eps: float | None
     residual: bool
     relu: bool
+    num_heads: int = 1  # H, without batch norm if there are several
 
 
 class BlockOperands(NamedTuple):
-    """The tensors of a block; ``bias`` is the batch norm's shift where there is one."""
+    """The tensors of a block; ``bias`` is the batch norm's shift where there is one.
 
-    x: Tensor  # (B, C, N)
+    With several heads, the columns of x are the heads of one token after the other.
+    """
+
+    x: Tensor  # (B, C, N * H)
     key: Tensor  # (S, C)
     value: Tensor  # (V, S)
     key_bias: Tensor | None  # (S)
@@ -69,12 +74,12 @@ class ForwardPass(NamedTuple):
     """The result, and what a backward pass needs beside the operands.
 
     Attributes:
-        out: (B, V, N).
+        out: (B, V, N * H).
         mean: of the branch (V), empty without batch norm.
         variance: likewise.
-        rows: attention and, where there is a bias, one more row for it, in the type of x.
-        weight: of the second product (V, rows), with batch norm and bias inside.
-        denominator: of Eq. 11, (B, 1, N).
+        rows: attention (B, S, N * H), in the type of x.
+        weight: of the second product (V, S), with batch norm inside.
+        denominator: of Eq. 11, (B, 1, N * H).
         moments: mean (S) and covariance (S, S) of the attention, with batch norm.
     """
 
@@ -151,31 +156,45 @@ def composed_block(operands: BlockOperands, options: BlockOptions) -> tuple[Tens
     Returns:
         The result, mean and variance as in :class:`ForwardPass`.
     """
-    x = operands.x
-    attention = attention_rows(
-        x,
-        operands.key,
-        key_bias=operands.key_bias,
-        norm=options.norm,
-        eps=options.eps,
-        mask=operands.mask,
-    )
-    weight, bias = operands.value, operands.bias
+    x, weight, bias = operands.x, operands.value, operands.bias
+    attention = _composed_attention(operands, options)
     mean = variance = attention.new_zeros(0)
     if options.batch_norm_eps is not None:
         moments = _moments(operands, attention)
         weight, bias, mean, variance = _fold_batch_norm(operands, moments, options.batch_norm_eps)
-    rows, weight = attention.to(x.dtype), weight.to(x.dtype).expand(x.shape[0], *weight.shape)
+    rows, weight = attention.to(x.dtype), weight.to(x.dtype)
     if is_token_major(x):
-        out = torch.bmm(rows.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)
+        out = F.linear(rows.transpose(1, 2), weight).transpose(1, 2)
     else:
-        out = torch.bmm(weight, rows)
+        out = torch.bmm(weight.expand(x.shape[0], *weight.shape), rows)
     if bias is not None:
         shift = bias.to(x.dtype).unsqueeze(-1)
-        out = out + (shift if operands.mask is None else shift * operands.mask.unsqueeze(1))
+        mask = _column_mask(operands, options)
+        if mask is not None:
+            shift = shift * mask.unsqueeze(1)
+        out = out + shift
     if options.residual:
         out = out + x
     return (torch.relu(out) if options.relu else out), mean.detach(), variance.detach()
+
+
+def _composed_attention(operands: BlockOperands, options: BlockOptions) -> Tensor:
+    """Return the attention (B, S, N * H), at least in float32, lying as x does."""
+    x, key, key_bias = operands.x, operands.key, operands.key_bias
+    if is_token_major(x):
+        heads = by_token(x, options.num_heads).permute(0, 2, 3, 1)
+        attention = token_attention(
+            heads, key, key_bias, norm=options.norm, eps=options.eps, mask=operands.mask
+        )
+        return attention.flatten(1, 2).transpose(1, 2)
+    logits = by_token(block_logits(x, key, key_bias), options.num_heads)
+    if options.norm == "double":
+        attention = eager.double_normalize(
+            logits, token_dim=2, slot_dim=1, eps=options.eps, mask=operands.mask
+        )
+    else:
+        attention = eager.slot_softmax(logits, token_dim=2, slot_dim=1, mask=operands.mask)
+    return attention.flatten(2)
 
 
 def forward_pass(
@@ -183,74 +202,39 @@ def forward_pass(
 ) -> ForwardPass:
     """Compute the block without recording gradients, into ``out`` where it is given."""
     x = operands.x
-    buffer, denominator, num_slots = found = normalized_rows(
+    attention, denominator = normalized_rows(
         x,
         operands.key,
         operands.key_bias,
         norm=options.norm,
         eps=options.eps,
         mask=operands.mask,
-        with_bias_row=operands.bias is not None or options.batch_norm_eps is not None,
+        num_heads=options.num_heads,
     )
     weight, bias = operands.value, operands.bias
-    mean = variance = buffer.new_zeros(0)
+    mean = variance = attention.new_zeros(0)
     moments = None
     if options.batch_norm_eps is not None:
-        moments = _moments(operands, found.attention)
+        moments = _moments(operands, attention)
         weight, bias, mean, variance = _fold_batch_norm(operands, moments, options.batch_norm_eps)
-    weight = weight.to(x.dtype)
-    if bias is not None:
-        weight = torch.cat([weight, bias.to(x.dtype).unsqueeze(1)], dim=1)
-    rows = buffer.to(x.dtype)
-    assert weight.shape[1] == num_slots + (bias is not None)
-    base = x if options.residual else None
-    out = map_from_rows(weight, rows, like=x, base=base, relu=options.relu, out=out)
+    rows, weight = attention.to(x.dtype), weight.to(x.dtype).contiguous()
+    out = map_from_rows(
+        weight,
+        rows,
+        like=x,
+        base=x if options.residual else None,
+        bias=None if bias is None else bias.to(x.dtype),
+        mask=_column_mask(operands, options),
+        relu=options.relu,
+        out=out,
+    )
     return ForwardPass(out, mean, variance, rows, weight, denominator, moments)
 
 
-def inference_pass(
-    operands: BlockOperands, options: BlockOptions, out: Tensor | None = None
-) -> ForwardPass:
-    """Compute the block where nothing is kept for a backward pass.
-
-    On a CPU, between the two passes over x, the exponentials of a large map wait in the memory of
-    the result, whose first S channels are as large: no tensor of the size of the attention is
-    allocated. A small map has too little to save.
-    """
-    x, num_slots = operands.x, operands.key.shape[0]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if (
-        x.device.type != "cpu"
-        or x.numel() == 0
-        or options.norm != "double"
-        or options.batch_norm_eps is not None
-        or not eager.eps_dominates_underflow(options.eps, dtype)
-        or x.numel() <= FEW_ENTRIES  # no need to share memory
-    ):
-        return forward_pass(operands, options, out)
-    weight, bias, mask = operands.value.to(x.dtype), operands.bias, operands.mask
-    if bias is not None:
-        weight = torch.cat([weight, bias.to(x.dtype).unsqueeze(1)], dim=1)
-    if out is None:
-        out = empty_map(x, weight.shape[0])
-    has_room = out.dtype == dtype and out.shape[1] >= num_slots and out.data_ptr() != x.data_ptr()
-    waiting = out[:, :num_slots] if has_room else empty_map(x, num_slots, dtype)
-    for part, factor in exponentials(x, operands.key, waiting, mask):
-        rows = empty_map(x[..., part], weight.shape[1], dtype)
-        attention = torch.mul(waiting[..., part], factor, out=rows[:, :num_slots])
-        divide_by_slots_(attention, options.eps)
-        if bias is not None:
-            rows[:, num_slots] = 1.0 if mask is None else mask[:, part].to(dtype)
-        map_from_rows(
-            weight,
-            rows.to(x.dtype),
-            like=x,
-            base=x[..., part] if options.residual else None,
-            relu=options.relu,
-            out=out[..., part],
-        )
-    nothing = out.new_zeros(0)
-    return ForwardPass(out, nothing, nothing, nothing, weight, None)
+def _column_mask(operands: BlockOperands, options: BlockOptions) -> Tensor | None:
+    """Return the mask for the columns of x (B, N * H)."""
+    mask = operands.mask
+    return None if mask is None else mask.repeat_interleave(options.num_heads, dim=1)
 
 
 class BlockFunction(torch.autograd.Function):
@@ -306,19 +290,21 @@ def _fast_backward(
     rows, weight, denominator, out, *moments = saved
     x, num_slots = operands.x, operands.key.shape[0]
     grad = _before_relu(grad_out, out, x)
-    attention = rows[:, :num_slots]
-    if attention.dtype != torch.float64:
-        attention = attention.float()
-    grad_weight = sum_over_tokens(rows, grad).transpose(0, 1).to(attention.dtype)
-    grad_rows = rows_from_map(weight[:, :num_slots].t().contiguous(), grad).to(attention.dtype)
+    attention = rows if rows.dtype == torch.float64 else rows.float()
+    with_bias = operands.bias is not None or options.batch_norm_eps is not None
+    grad_weight = sum_over_tokens(
+        rows, grad, with_total=with_bias, mask=_column_mask(operands, options)
+    )
+    grad_weight = grad_weight.transpose(0, 1).to(attention.dtype)
+    grad_rows = rows_from_map(weight.t().contiguous(), grad).to(attention.dtype)
     grad_value, grad_scale = grad_weight[:, :num_slots], None
-    grad_bias = grad_weight[:, num_slots] if rows.shape[1] > num_slots else None
+    grad_bias = grad_weight[:, num_slots] if with_bias else None
     by_moments = None
     if options.batch_norm_eps is not None:
         grad_value, grad_scale, by_moments = _batch_norm_backward(
             operands, options.batch_norm_eps, (moments[0], moments[1]), grad_weight
         )
-    _normalize_backward_(grad_rows, attention, denominator, by_moments, operands)
+    _normalize_backward_(grad_rows, attention, denominator, by_moments, operands, options.num_heads)
     grad_key_bias = grad_rows.sum((0, 2)) if operands.key_bias is not None else None
     grad_logits = grad_rows.to(x.dtype)
     grad_key = sum_over_tokens(grad_logits, x)
@@ -361,14 +347,15 @@ def _normalize_backward_(
     denominator: Tensor | None,
     by_moments: _ByMoments | None,
     operands: BlockOperands,
+    num_heads: int,
 ) -> None:
-    """Turn the gradient of attention (B, S, N) into that of the logits, in place.
+    """Turn the gradient of attention (B, S, N * H) into that of the logits, in place.
 
     With P = attention * denominator, the softmax over the tokens: no quotient by a small number is
     formed, so the gradient is finite wherever the attention is.
     """
-    sums = grad.new_zeros((*grad.shape[:2], 1))
-    parts = parts_of(operands.x)
+    sums = grad.new_zeros((*grad.shape[:2], 1, num_heads))
+    parts = parts_of(operands.x, num_heads * max(1, PART_COLUMNS // num_heads))
     for part in parts:
         rows, mixed = attention[..., part], grad[..., part]
         if by_moments is not None:
@@ -376,11 +363,11 @@ def _normalize_backward_(
             mixed.add_(rows_from_map(by_moments.matrix, centered))
             mixed.add_(by_moments.offset.unsqueeze(-1))
         mixed.sub_((rows * mixed).sum(1, keepdim=True)).mul_(rows)
-        sums.add_(mixed.sum(-1, keepdim=True))
+        sums.add_(by_token(mixed, num_heads).sum(2, keepdim=True))
     if denominator is not None:
         for part in parts:
-            over_tokens = attention[..., part] * denominator[..., part]
-            grad[..., part].addcmul_(over_tokens, sums, value=-1)
+            over_tokens = by_token(attention[..., part] * denominator[..., part], num_heads)
+            by_token(grad[..., part], num_heads).addcmul_(over_tokens, sums, value=-1)
 
 
 def _batch_norm_backward(

@@ -18,11 +18,13 @@ import platform
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
     "empty_map",
     "is_token_major",
+    "linear",
     "map_from_rows",
     "multiply",
     "parts",
@@ -31,14 +33,16 @@ __all__ = [
 ]
 
 #: multiply-adds of one product below which the call costs more than oneDNN saves
-_LEAST_MACS_OF_ONEDNN = 1 << 19
+_LEAST_MACS_OF_ONEDNN = 1 << 21
 #: multiply-adds with a sample below which all samples are multiplied at once
 _LEAST_MACS_BY_SAMPLE = 1 << 20
-#: entries of a tile of a map: 8 MiB of float32 with the tokens side by side, where short rows
-#: waste lines of the cache, and 2 MiB token-major
-_TILE_ENTRIES, _TOKEN_MAJOR_TILE_ENTRIES = 1 << 21, 1 << 19
+#: entries of a tile of a map: 1 MiB of float32, for which no allocator asks the system twice
+_TILE_ENTRIES = 1 << 18
 #: most tokens of a tile whose tokens lie side by side
-_TILE_TOKENS = 1 << 14
+_TILE_TOKENS = 1 << 11
+#: most tokens of rows that are read as they lie, side by side; longer rows meet in the same lines
+#: of the cache
+_ROW_TOKENS = 1 << 14
 #: tokens that are copied together at once: 8 MiB of 512 channels
 _COPIED_TOKENS = 1 << 12
 #: tokens that are summed at once where the channels of a token lie side by side
@@ -64,10 +68,12 @@ def parts(length: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + most, length))
 
 
-def _uses_onednn(tensor: Tensor) -> bool:
-    """Tell whether large products of the tensor go to oneDNN."""
+def _uses_onednn(tensor: Tensor, other: Tensor) -> bool:
+    """Tell whether large products of two tensors go to oneDNN, whose operator has no gradient."""
+    recorded = torch.is_grad_enabled() and (tensor.requires_grad or other.requires_grad)
     return (
-        tensor.device.type == "cpu"
+        not recorded
+        and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
@@ -76,12 +82,13 @@ def _uses_onednn(tensor: Tensor) -> bool:
     )
 
 
-def multiply(left: Tensor, right: Tensor) -> Tensor:
+def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the product of two matrices, by the library that is fastest at their shape.
 
     Args:
         left: (rows, inner).
         right: (inner, columns).
+        bias: (columns) to add to every row.
 
     Returns:
         (rows, columns), with the entries of a row side by side.
@@ -89,9 +96,25 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     macs = left.shape[0] * left.shape[1] * right.shape[1]
     # an operand with gaps would take a path of oneDNN that is orders of magnitude slower
     dense = left.is_contiguous() and (right.is_contiguous() or right.t().is_contiguous())
-    if macs >= _LEAST_MACS_OF_ONEDNN and dense and _uses_onednn(left):
-        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
-    return torch.mm(left, right)
+    if macs >= _LEAST_MACS_OF_ONEDNN and dense and _uses_onednn(left, right):
+        return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
+
+
+def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``tokens @ weight^T + bias``, large products without gradients by oneDNN.
+
+    Args:
+        tokens: (..., channels).
+        weight: (out_channels, channels).
+        bias: (out_channels).
+    """
+    large = tokens.numel() * weight.shape[0] >= _LEAST_MACS_OF_ONEDNN
+    if not large or torch.compiler.is_compiling() or not _uses_onednn(tokens, weight):
+        return F.linear(tokens, weight, bias)
+    # a transposed weight takes up to four times as long
+    tokens, weight = tokens.contiguous(), weight.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
 
 
 def _by_sample(weight_rows: int, tensor: Tensor) -> bool:
@@ -102,7 +125,7 @@ def _by_sample(weight_rows: int, tensor: Tensor) -> bool:
 
 def _in_tiles(rows: Tensor, num_entries: int) -> bool:
     """Tell whether a map of so many entries is worked on in tiles."""
-    return rows.device.type == "cpu" and num_entries > _TOKEN_MAJOR_TILE_ENTRIES
+    return rows.device.type == "cpu" and num_entries > _TILE_ENTRIES
 
 
 def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
@@ -121,13 +144,13 @@ def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
             rows = torch.stack([multiply(sample, weight.t()) for sample in tokens_of.unbind()])
         return rows.transpose(1, 2)
     weight = weight.contiguous()
-    if source.shape[0] == 1 and source.shape[2] <= _TILE_TOKENS and source.is_contiguous():
+    if source.shape[0] == 1 and source.shape[2] <= _ROW_TOKENS and source.is_contiguous():
         return multiply(weight, source[0]).unsqueeze(0)
     if not _by_sample(weight.shape[0], source):
         return torch.bmm(weight.expand(source.shape[0], *weight.shape), source)
     out = empty_map(source, weight.shape[0])
     for sample, target in zip(source, out, strict=True):
-        if sample.shape[1] <= _TILE_TOKENS and sample.is_contiguous():
+        if sample.shape[1] <= _ROW_TOKENS and sample.is_contiguous():
             target.copy_(multiply(weight, sample))
             continue
         # a part is copied together: rows that lie far apart would meet in the same cache lines
@@ -142,22 +165,27 @@ def map_from_rows(
     *,
     like: Tensor,
     base: Tensor | None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
     relu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return ``base + weight @ rows``, rectified where wanted.
+    """Return ``base + weight @ rows + bias``, rectified where wanted.
 
     Args:
         weight: (channels, slots), in the type of the map.
         rows: (batch, slots, tokens), in the type of the map.
         like: (batch, any channels, tokens), which the result lies as.
         base: (batch, channels, tokens) to add, or nothing.
+        bias: (channels) to add, in the type of the map.
+        mask: (batch, tokens), True for tokens that get the bias.
         relu: whether to rectify.
         out: (batch, channels, tokens) for the result; it may be the same tensor as ``base``.
     """
     shape = (rows.shape[0], weight.shape[0], rows.shape[2])
-    if not _in_tiles(rows, math.prod(shape)):
-        product = _small_product(weight, rows)
+    at_once = base is None and not relu and out is None and is_token_major(rows)
+    if at_once or not _in_tiles(rows, math.prod(shape)):
+        product = _product(weight, rows, bias, mask)
         if out is None and is_token_major(product) == is_token_major(like):
             out = product if base is None else product.add_(base)
         else:
@@ -167,7 +195,9 @@ def map_from_rows(
     if out is None:
         out = empty_map(like, weight.shape[0])
     for sample in range(out.shape[0]):
-        for channels, tokens, tile in _tiles(weight, rows[sample], is_token_major(out)):
+        valid = None if mask is None else mask[sample]
+        tiles = _tiles(weight, rows[sample], bias, valid, is_token_major(out))
+        for channels, tokens, tile in tiles:
             target = out[sample, channels, tokens]
             if base is None:
                 target.copy_(tile)
@@ -179,51 +209,90 @@ def map_from_rows(
 
 
 def _tiles(
-    weight: Tensor, rows: Tensor, token_major: bool
+    weight: Tensor, rows: Tensor, bias: Tensor | None, mask: Tensor | None, token_major: bool
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield channels, tokens and entries of the tiles of ``weight @ rows`` for one sample."""
+    """Yield channels, tokens and entries of the tiles of one sample of ``weight @ rows + bias``."""
     num_channels, num_tokens = weight.shape[0], rows.shape[1]
     if token_major:
-        for tokens in parts(num_tokens, max(1, _TOKEN_MAJOR_TILE_ENTRIES // num_channels)):
-            yield slice(None), tokens, multiply(rows[:, tokens].t(), weight.t()).t()
+        for tokens in parts(num_tokens, max(1, _TILE_ENTRIES // num_channels)):
+            tile = multiply(rows[:, tokens].t(), weight.t(), bias)
+            if bias is not None and mask is not None:
+                tile.masked_fill_(~mask[tokens].unsqueeze(1), 0.0)
+            yield slice(None), tokens, tile.t()
         return
+    if bias is not None:  # the value of one more slot, whose attention is 1
+        weight = torch.cat([weight, bias.unsqueeze(1)], dim=1)
     for tokens in parts(num_tokens, _TILE_TOKENS):
-        of_tokens = rows[:, tokens].contiguous()
+        of_tokens = rows[:, tokens]
+        if bias is not None:
+            of_tokens = _with_row_of_ones(of_tokens, None if mask is None else mask[tokens])
+        of_tokens = of_tokens.contiguous()
         for channels in parts(num_channels, max(1, _TILE_ENTRIES // of_tokens.shape[1])):
             yield channels, tokens, multiply(weight[channels], of_tokens)
 
 
-def _small_product(weight: Tensor, rows: Tensor) -> Tensor:
-    """Return ``weight @ rows`` for all samples at once, lying as the rows do."""
-    tokens_of = rows.transpose(1, 2)
-    if is_token_major(rows) and tokens_of.is_contiguous():
-        product = multiply(tokens_of.flatten(0, 1), weight.t())
-        return product.view(*tokens_of.shape[:2], weight.shape[0]).transpose(1, 2)
+def _with_row_of_ones(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return rows (slots, tokens) and one more that is 1, or 0 where the mask is False."""
+    longer = F.pad(rows, (0, 0, 0, 1), value=1.0)
+    if mask is not None:
+        longer[-1] = mask
+    return longer
+
+
+def _product(weight: Tensor, rows: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return ``weight @ rows + bias`` for all samples at once, lying as the rows do."""
     if is_token_major(rows):
-        return torch.matmul(tokens_of, weight.t()).transpose(1, 2)
-    if rows.shape[0] == 1:
-        return multiply(weight.contiguous(), rows[0]).unsqueeze(0)
-    return torch.bmm(weight.expand(rows.shape[0], *weight.shape), rows)
+        tokens_of = rows.transpose(1, 2)
+        if tokens_of.is_contiguous():
+            product = multiply(tokens_of.flatten(0, 1), weight.t(), bias)
+            product = product.view(*tokens_of.shape[:2], weight.shape[0])
+        else:
+            product = F.linear(tokens_of, weight, bias)
+        product = product.transpose(1, 2)
+    else:
+        if rows.shape[0] == 1:
+            product = multiply(weight.contiguous(), rows[0]).unsqueeze(0)
+        else:
+            product = torch.bmm(weight.expand(rows.shape[0], *weight.shape), rows)
+        if bias is not None:
+            product += bias.unsqueeze(1)
+    if bias is not None and mask is not None:
+        # rows are 0 there, so the bias is all there is
+        product.masked_fill_(~mask.unsqueeze(1), 0.0)
+    return product
 
 
-def sum_over_tokens(rows: Tensor, source: Tensor) -> Tensor:
+def sum_over_tokens(
+    rows: Tensor, source: Tensor, *, with_total: bool = False, mask: Tensor | None = None
+) -> Tensor:
     """Return ``rows @ source^T`` (slots, channels), summed over tokens and samples.
 
     Args:
         rows: (batch, slots, tokens), in the type of the map.
         source: (batch, channels, tokens), lying as the rows do.
+        with_total: append the sum of the source, as if one more row were 1 everywhere.
+        mask: (batch, tokens), True for tokens that are part of that sum.
     """
-    if not _by_sample(rows.shape[1], source):
-        return torch.bmm(rows, source.transpose(1, 2)).sum(0)
-    total = source.new_zeros((rows.shape[1], source.shape[1]))
+    num_rows, num_channels = rows.shape[1], source.shape[1]
+    if not _by_sample(num_rows, source):
+        total = torch.bmm(rows, source.transpose(1, 2)).sum(0)
+        if not with_total:
+            return total
+        valid = source if mask is None else source * mask.unsqueeze(1)
+        return torch.cat([total, valid.sum((0, 2)).unsqueeze(0)])
+    total = source.new_zeros((num_rows + with_total, num_channels))
     # sums of parts round less than one long sum; and rows side by side cost a copy of little, while
     # maps with gaps between their rows have to be copied together
-    for left, right in zip(rows, source, strict=True):
-        lies_together = not is_token_major(source) and right.shape[1] <= _TILE_TOKENS
-        most = _TILE_TOKENS if lies_together else _TOKEN_MAJOR_SUM_TOKENS
+    for sample, (left, right) in enumerate(zip(rows, source, strict=True)):
+        lies_together = not is_token_major(source) and right.shape[1] <= _ROW_TOKENS
+        most = _ROW_TOKENS if lies_together else _TOKEN_MAJOR_SUM_TOKENS
         for tokens in parts(source.shape[2], most):
             of_tokens = right[:, tokens]
             if not is_token_major(source):
                 of_tokens = of_tokens.contiguous()
-            total += multiply(left[:, tokens].contiguous(), of_tokens.t())
+            weights = left[:, tokens]
+            if with_total:
+                valid = None if mask is None else mask[sample, tokens]
+                weights = _with_row_of_ones(weights, valid)
+            total += multiply(weights.contiguous(), of_tokens.t())
     return total
