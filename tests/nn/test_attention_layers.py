@@ -441,7 +441,7 @@ def test_both_ways_to_compute_heads_agree(norm, options):
     x = torch.randn(3, 7, 12, dtype=torch.float64, requires_grad=True)
     weights = [x, *layer.parameters()]
     found = []
-    for forward in (lambda: layer._forward_thin(x), lambda: layer._forward_by_head(x, None)):
+    for forward in (lambda: layer._forward_thin(x, None), lambda: layer._forward_by_head(x, None)):
         out = forward()
         found.append([out, *torch.autograd.grad(out.square().sum(), weights)])
     for thin, by_head in zip(*found, strict=True):
@@ -451,11 +451,14 @@ def test_both_ways_to_compute_heads_agree(norm, options):
 def test_both_ways_to_compute_heads_drop_attention_alike():
     layer = MultiHeadExternalAttention(8, 4, num_heads=2, attention_dropout=0.5)
     x = torch.randn(64, 9, 8)
-    assert not torch.equal(layer._forward_thin(x), layer._forward_thin(x))
+    assert not torch.equal(layer._forward_thin(x, None), layer._forward_thin(x, None))
     with torch.no_grad():
         means = [
             torch.stack([forward() for _ in range(100)]).mean(0)
-            for forward in (lambda: layer._forward_thin(x), lambda: layer._forward_by_head(x, None))
+            for forward in (
+                lambda: layer._forward_thin(x, None),
+                lambda: layer._forward_by_head(x, None),
+            )
         ]
         layer.eval()
         torch.testing.assert_close(means[0], layer(x), rtol=0, atol=1e-3)

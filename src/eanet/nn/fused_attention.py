@@ -1,6 +1,5 @@
 """What the attention modules become for inference: two thin matrices and a bias."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -8,18 +7,16 @@ from torch import Tensor, nn
 from eanet.nn.dropout import dropout as drop
 from eanet.nn.memories import autocast_input, cast, check_tokens, flat_view, full_precision
 from eanet.nn.streaming import StreamedModule
-from eanet.ops.attention import Norm, check_mask, double_normalize, slot_softmax
-from eanet.ops.attention.attention_rows import (
-    attention_of_logits,
-    attention_rows,
-    block_logits,
-)
+from eanet.ops.attention import Norm, check_mask
+from eanet.ops.attention.attention_rows import attention_rows, normalize_tokens, token_logits
+from eanet.ops.attention.linear import linear
 
 __all__ = [
     "FusedExternalAttention",
     "FusedExternalAttention2d",
     "FusedMultiHeadExternalAttention",
     "attend_heads",
+    "head_attention",
 ]
 
 
@@ -213,12 +210,10 @@ def attend_heads(
     bias: Float[Tensor, " out_channels"] | None,
     norm: Norm,
     eps: float,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch tokens out_channels"]:
     """Return ``value @ norm(key @ x + key_bias) + bias``, with a normalization for each head.
-
-    The tokens of all samples are the columns of one matrix: a product of two matrices is faster
-    than one for each sample, and its gradient needs no sum over them.
 
     Args:
         x: tokens.
@@ -229,27 +224,31 @@ def attend_heads(
         bias: added to the result.
         norm: "double" or "softmax".
         eps: of the double normalization.
+        mask: True for tokens that take part; the attention of the others is 0.
         dropout: probability to drop an entry of the attention.
     """
-    batch, tokens, channels = x.shape
-    # sums of products leave the range of float16
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    logits = torch.mm(key.to(dtype), x.reshape(-1, channels).to(dtype).t())
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
-    if key_bias is not None:
-        logits = logits + key_bias.to(logits.dtype).unsqueeze(-1)
-    # tokens last, so that the softmax over them runs over memory that lies together
-    logits = logits.view(num_heads, -1, batch, tokens)
-    if norm == "double":
-        attention = double_normalize(logits, token_dim=3, slot_dim=1, eps=eps)
-    else:
-        attention = slot_softmax(logits, token_dim=3, slot_dim=1)
+    attention = head_attention(
+        x, key, num_heads=num_heads, key_bias=key_bias, norm=norm, eps=eps, mask=mask
+    )
     if dropout > 0:
         attention = drop(attention, dropout)
-    rows = attention.to(x.dtype).view(-1, batch * tokens).t()
-    value = value.to(x.dtype).t()
-    out = torch.mm(rows, value) if bias is None else torch.addmm(bias.to(x.dtype), rows, value)
-    return out.view(batch, tokens, -1)
+    return linear(attention.to(x.dtype).flatten(2), value.to(x.dtype), cast(bias, x.dtype))
+
+
+def head_attention(
+    x: Float[Tensor, "batch tokens channels"],
+    key: Float[Tensor, "rows channels"],
+    *,
+    num_heads: int,
+    key_bias: Float[Tensor, " rows"] | None,
+    norm: Norm,
+    eps: float,
+    mask: Bool[Tensor, "batch tokens"] | None,
+) -> Float[Tensor, "batch tokens heads slots"]:
+    """Return the attention of :func:`attend_heads`, at least in float32, without dropout."""
+    logits = token_logits(x, key, key_bias)
+    logits = logits.view(*x.shape[:2], num_heads, key.shape[0] // num_heads)
+    return normalize_tokens(logits, norm=norm, eps=eps, mask=mask)
 
 
 class FusedMultiHeadExternalAttention(_FusedModule):
@@ -269,27 +268,16 @@ class FusedMultiHeadExternalAttention(_FusedModule):
         super().__init__(key, value, key_bias=key_bias, bias=bias, norm=norm, eps=eps)
         self.num_heads = num_heads
 
-    def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return A (batch, heads, slots, tokens), at least in float32."""
-        self._check(x, mask)
-        logits = block_logits(x.transpose(1, 2), self.key, self.key_bias)
-        return attention_of_logits(
-            logits.view(x.shape[0], self.num_heads, -1, x.shape[1]),
-            norm=self.normalization,
-            eps=self.eps,
-            mask=mask,
-        )
-
     def forward(
         self,
         x: Float[Tensor, "batch tokens channels"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Attend from every token to the memories, head by head; arguments as before fusion."""
+        self._check(x, mask)
         x = autocast_input(x)
         with full_precision(x):
             if self.chunk_tokens is not None:
-                self._check(x, mask)
                 out, _ = self.attention_block(
                     x.transpose(1, 2),
                     self.key,
@@ -304,24 +292,18 @@ class FusedMultiHeadExternalAttention(_FusedModule):
                     relu=False,
                 )
                 return out.transpose(1, 2)
-            if mask is None:
-                self._check(x, mask)
-                return attend_heads(
-                    x,
-                    self.key,
-                    self.value,
-                    num_heads=self.num_heads,
-                    key_bias=self.key_bias,
-                    bias=self.bias,
-                    norm=self.normalization,
-                    eps=self.eps,
-                )
-            # sample by sample, as a mask is
-            rows = self._attention(x, mask).to(x.dtype).flatten(1, 2).transpose(1, 2)
-            value = self.value.to(x.dtype).transpose(0, 1).expand(x.shape[0], -1, -1)
-            bias = cast(self.bias, x.dtype)
-            out = torch.bmm(rows, value) if bias is None else torch.baddbmm(bias, rows, value)
-            return out.masked_fill(~mask.unsqueeze(-1), 0.0)
+            out = attend_heads(
+                x,
+                self.key,
+                self.value,
+                num_heads=self.num_heads,
+                key_bias=self.key_bias,
+                bias=self.bias,
+                norm=self.normalization,
+                eps=self.eps,
+                mask=mask,
+            )
+            return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def attention_map(
         self,
@@ -329,9 +311,19 @@ class FusedMultiHeadExternalAttention(_FusedModule):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch heads tokens slots"]:
         """Return A, at least in float32."""
+        self._check(x, mask)
         x = autocast_input(x)
         with full_precision(x):
-            return self._attention(x, mask).transpose(2, 3)
+            attention = head_attention(
+                x,
+                self.key,
+                num_heads=self.num_heads,
+                key_bias=self.key_bias,
+                norm=self.normalization,
+                eps=self.eps,
+                mask=mask,
+            )
+        return attention.transpose(1, 2)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         """Refuse inputs and masks of another shape."""

@@ -18,7 +18,8 @@ from eanet.nn.memories import (
     full_precision,
 )
 from eanet.ops.attention import Norm, check_mask, custom_op
-from eanet.ops.attention.attention_rows import attention_rows
+from eanet.ops.attention.attention_rows import normalize_tokens, token_logits
+from eanet.ops.attention.linear import linear
 
 __all__ = ["MultiHeadExternalAttention"]
 
@@ -110,7 +111,7 @@ class MultiHeadExternalAttention(MemoryModule):
         self._check(x, mask)
         x = autocast_input(x)
         with full_precision(x):
-            return self._attention(x, mask).transpose(2, 3)
+            return self._attention(x, mask).transpose(1, 2)
 
     def forward(
         self,
@@ -131,9 +132,8 @@ class MultiHeadExternalAttention(MemoryModule):
                 return self._forward_streamed(x, mask)
             if self.uses_kernels(x, self.num_slots):
                 return self._forward_by_kernels(x, mask)
-            # which side is cheaper depends on sizes alone; a mask is applied sample by sample
-            thin = mask is None and self._thin_is_cheaper(batch * tokens)
-            out = self._forward_thin(x) if thin else self._forward_by_head(x, mask)
+            thin = self._thin_is_cheaper(batch * tokens)
+            out = self._forward_thin(x, mask) if thin else self._forward_by_head(x, mask)
             if self.training and self.projection_dropout > 0:
                 out = dropout(out, self.projection_dropout)
             return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -151,7 +151,7 @@ class MultiHeadExternalAttention(MemoryModule):
             return saved > 0
         return num_tokens * saved > self.channels * width * self.num_slots
 
-    def _forward_thin(self, x: Tensor) -> Tensor:
+    def _forward_thin(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the result by one product of all tokens with each of two thin matrices."""
         key, value, key_bias, bias = self._thin_matrices()
         return attend_heads(
@@ -163,24 +163,21 @@ class MultiHeadExternalAttention(MemoryModule):
             bias=bias,
             norm=self.normalization,
             eps=self.eps,
+            mask=mask,
             dropout=self.attention_dropout if self.training else 0.0,
         )
 
     def _forward_by_head(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the result step by step: queries, attention, values, projection."""
-        batch, tokens, _ = x.shape
         attention = self._attention(x, mask)
         if self.training and self.attention_dropout > 0:
             attention = dropout(attention, self.attention_dropout)
-        attention = attention.to(x.dtype).flatten(0, 1)
-        values = self.values.to(x.dtype).transpose(0, 1)
-        heads = torch.bmm(values.expand(attention.shape[0], *values.shape), attention)
+        heads = linear(attention.to(x.dtype), self.values.to(x.dtype).transpose(0, 1))
         # both biases follow a linear map of all heads and are added as one
         weight, bias = self.projection.weight, self.projection.bias
         if self.memory_value_bias is not None:
             bias = bias + weight @ self.memory_value_bias.repeat(self.num_heads)
-        heads = heads.view(batch, -1, tokens).transpose(1, 2)
-        return F.linear(heads, weight.to(x.dtype), bias.to(x.dtype))
+        return linear(heads.flatten(2), weight.to(x.dtype), bias.to(x.dtype))
 
     def _forward_by_kernels(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the result of the Triton kernels between the two projections."""
@@ -229,26 +226,15 @@ class MultiHeadExternalAttention(MemoryModule):
         return out.transpose(1, 2)
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return A (batch, heads, slots, tokens), at least in float32."""
-        batch, tokens, _ = x.shape
+        """Return A (batch, tokens, heads, slots), at least in float32."""
         key, key_bias, query_bias = self.memory_key, self.memory_key_bias, self.query.bias
         if self.normalization == "double":
             key = attach_zero_gradient(key, key_bias, query_bias)
             key_bias = query_bias = None
-        # tokens last, so that the softmax over them runs over memory that lies together
-        weight = self.query.weight.to(x.dtype)
-        queries = torch.bmm(weight.expand(batch, *weight.shape), x.transpose(1, 2))
-        if query_bias is not None:
-            queries = queries + query_bias.to(x.dtype).unsqueeze(-1)
-        rows = attention_rows(
-            queries.view(batch * self.num_heads, -1, tokens),
-            key,
-            key_bias=key_bias,
-            norm=self.normalization,
-            eps=self.eps,
-            mask=None if mask is None else mask.repeat_interleave(self.num_heads, dim=0),
-        )
-        return rows.view(batch, self.num_heads, self.num_slots, tokens)
+        queries = linear(x, self.query.weight.to(x.dtype), cast(query_bias, x.dtype))
+        queries = queries.view(*x.shape[:2], self.num_heads, -1)
+        logits = token_logits(queries, key, key_bias)
+        return normalize_tokens(logits, norm=self.normalization, eps=self.eps, mask=mask)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         """Refuse inputs and masks of another shape."""

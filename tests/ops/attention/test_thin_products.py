@@ -35,7 +35,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_equal_those_in_float64(shape, layout, library, monkeypatch):
     if library == "blas":
-        monkeypatch.setattr(thin_products, "_uses_onednn", lambda *tensors: False)
+        monkeypatch.setattr(thin_products, "uses_onednn", lambda *tensors: False)
     torch.manual_seed(0)
     source, weight = feature_map(shape, layout), torch.randn(7, shape[1])
     rows = rows_from_map(weight, source)
@@ -60,7 +60,7 @@ def test_products_equal_those_in_float64(shape, layout, library, monkeypatch):
 
 
 def test_large_products_go_to_onednn(monkeypatch):
-    if not thin_products._uses_onednn(*torch.zeros(2, 1)):
+    if not thin_products.uses_onednn(*torch.zeros(2, 1)):
         pytest.skip("PyTorch without oneDNN, or another processor than x86-64")
     monkeypatch.setattr(torch, "mm", None)
     for layout in LAYOUTS[:2]:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eanet.ops.attention import eager
-from eanet.ops.attention.thin_products import linear, parts, rows_from_map
+from eanet.ops.attention.linear import linear
+from eanet.ops.attention.thin_products import parts, rows_from_map
 
 __all__ = [
     "PART_COLUMNS",
@@ -20,9 +21,10 @@ __all__ = [
     "attention_rows",
     "block_logits",
     "by_token",
+    "normalize_tokens",
     "normalized_rows",
     "parts_of",
-    "token_attention",
+    "token_logits",
 ]
 
 #: columns that are normalized together on a CPU: 64 slots of them take 4 MiB
@@ -62,26 +64,38 @@ def block_logits(x: Tensor, key: Tensor, key_bias: Tensor | None) -> Tensor:
     return logits if key_bias is None else logits + key_bias.to(logits.dtype).unsqueeze(-1)
 
 
-def token_attention(
-    tokens: Float[Tensor, "batch tokens *heads channels"],
+def token_logits(
+    tokens: Float[Tensor, "*batch channels"],
     key: Float[Tensor, "slots channels"],
     key_bias: Float[Tensor, " slots"] | None,
+) -> Float[Tensor, "*batch slots"]:
+    """Return ``tokens @ key^T + key_bias``, at least in float32."""
+    logits = _at_least_float32(linear(*_in_range(tokens, key)))
+    return logits if key_bias is None else logits + key_bias.to(logits.dtype)
+
+
+def normalize_tokens(
+    logits: Float[Tensor, "batch tokens *heads slots"],
     *,
     norm: Literal["double", "softmax"],
     eps: float,
     mask: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens *heads slots"]:
-    """Return the attention of tokens whose channels lie side by side, at least in float32.
+    """Return the attention of logits of at least float32, which may be overwritten.
 
-    Its slots lie side by side as well: a softmax copies what does not lie in the order of its
+    The slots of a token stay side by side: a softmax copies what does not lie in the order of its
     dimensions.
     """
-    logits = _at_least_float32(linear(*_in_range(tokens, key)))
-    if key_bias is not None:
-        logits = logits + key_bias.to(logits.dtype)
-    if norm == "double":
+    if norm == "softmax":
+        return eager.slot_softmax(logits, token_dim=1, slot_dim=-1, mask=mask)
+    recorded = torch.is_grad_enabled() and logits.requires_grad
+    by_quotient = eager.eps_dominates_underflow(eps, logits.dtype)
+    if recorded or not by_quotient or torch.compiler.is_compiling():
         return eager.double_normalize(logits, token_dim=1, slot_dim=-1, eps=eps, mask=mask)
-    return eager.slot_softmax(logits, token_dim=1, slot_dim=-1, mask=mask)
+    heads = logits.view(*logits.shape[:2], -1, logits.shape[-1])
+    rows = heads.permute(0, 3, 1, 2)  # (B, S, N, H)
+    _double_normalize_(rows, eps, None if mask is None else mask[:, None, :, None])
+    return logits
 
 
 def _in_range(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eanet.ops.attention import custom_op, eager
-from eanet.ops.attention.attention_rows import token_attention
+from eanet.ops.attention.attention_rows import normalize_tokens, token_logits
 from eanet.ops.attention.block_function import (
     BlockFunction,
     BlockOperands,
@@ -25,7 +25,7 @@ from eanet.ops.attention.block_function import (
     forward_pass,
     num_valid,
 )
-from eanet.ops.attention.thin_products import linear
+from eanet.ops.attention.linear import linear
 
 __all__ = ["BatchNormArguments", "BatchStatistics", "external_attention_block", "result_only"]
 
@@ -172,7 +172,8 @@ def result_only(
     batch, tokens, _ = x.shape
     if mask is None and _has_few_entries(x):
         heads = x if num_heads == 1 else x.reshape(batch, tokens, num_heads, -1)
-        attention = token_attention(heads, memory_key, memory_key_bias, norm=norm, eps=eps)
+        logits = token_logits(heads, memory_key, memory_key_bias)
+        attention = normalize_tokens(logits, norm=norm, eps=eps)
         bias = None if memory_value_bias is None else memory_value_bias.to(x.dtype)
         out = linear(attention.to(x.dtype), value.to(x.dtype).transpose(0, 1), bias)
         return out if num_heads == 1 else out.flatten(2)

@@ -17,9 +17,10 @@ from eanet.ops.attention.attention_rows import (
     PART_COLUMNS,
     block_logits,
     by_token,
+    normalize_tokens,
     normalized_rows,
     parts_of,
-    token_attention,
+    token_logits,
 )
 from eanet.ops.attention.thin_products import (
     empty_map,
@@ -183,9 +184,8 @@ def _composed_attention(operands: BlockOperands, options: BlockOptions) -> Tenso
     x, key, key_bias = operands.x, operands.key, operands.key_bias
     if is_token_major(x):
         heads = by_token(x, options.num_heads).permute(0, 2, 3, 1)
-        attention = token_attention(
-            heads, key, key_bias, norm=options.norm, eps=options.eps, mask=operands.mask
-        )
+        logits = token_logits(heads, key, key_bias)
+        attention = normalize_tokens(logits, norm=options.norm, eps=options.eps, mask=operands.mask)
         return attention.flatten(1, 2).transpose(1, 2)
     logits = by_token(block_logits(x, key, key_bias), options.num_heads)
     if options.norm == "double":

@@ -195,11 +195,18 @@ def normalize_backward(
     if grad_attention is None:
         weighted = torch.zeros_like(attention)
     else:
-        mean = (attention * grad_attention).sum(slot_dim, keepdim=True)
-        weighted = attention * (grad_attention - mean)
+        weighted = attention * grad_attention
+        mean = weighted.sum(slot_dim, keepdim=True)
+        if torch.is_grad_enabled():  # second derivatives are wanted
+            weighted = attention * (grad_attention - mean)
+        else:
+            torch.sub(grad_attention, mean, out=weighted).mul_(attention)
     if grad_denominator is not None:
         weighted = weighted + over_tokens * grad_denominator
-    return torch.addcmul(weighted, over_tokens, weighted.sum(token_dim, keepdim=True), value=-1)
+    sums = weighted.sum(token_dim, keepdim=True)
+    if torch.is_grad_enabled():
+        return torch.addcmul(weighted, over_tokens, sums, value=-1)
+    return weighted.addcmul_(over_tokens, sums, value=-1)
 
 
 def _normalize_composed(
@@ -269,9 +276,7 @@ def double_normalize(
         attention = _normalize_composed(logits, token_dim, slot_dim, eps, mask, slot_mask)
     elif mask is None and slot_mask is None and _is_small(logits, token_dim, eps):
         over_tokens = torch.softmax(logits, dim=token_dim)
-        denominator = over_tokens.sum(slot_dim, keepdim=True) + eps
-        own = not over_tokens.requires_grad
-        attention = over_tokens.div_(denominator) if own else over_tokens / denominator
+        attention = over_tokens / (over_tokens.sum(slot_dim, keepdim=True) + eps)
     else:
         attention = _DoubleNormalize.apply(logits, token_dim, slot_dim, eps, mask, slot_mask)[0]  # pyright: ignore[reportOptionalSubscript]
     return attention.to(logits.dtype)

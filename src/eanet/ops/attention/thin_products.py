@@ -22,18 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "LEAST_MACS_OF_ONEDNN",
     "empty_map",
     "is_token_major",
-    "linear",
     "map_from_rows",
     "multiply",
     "parts",
     "rows_from_map",
     "sum_over_tokens",
+    "uses_onednn",
 ]
 
 #: multiply-adds of one product below which the call costs more than oneDNN saves
-_LEAST_MACS_OF_ONEDNN = 1 << 21
+LEAST_MACS_OF_ONEDNN = 1 << 21
 #: multiply-adds with a sample below which all samples are multiplied at once
 _LEAST_MACS_BY_SAMPLE = 1 << 20
 #: entries of a tile of a map: 1 MiB of float32, for which no allocator asks the system twice
@@ -68,13 +69,13 @@ def parts(length: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + most, length))
 
 
-def _uses_onednn(tensor: Tensor, other: Tensor) -> bool:
-    """Tell whether large products of two tensors go to oneDNN, whose operator has no gradient."""
-    recorded = torch.is_grad_enabled() and (tensor.requires_grad or other.requires_grad)
+def uses_onednn(*operands: Tensor) -> bool:
+    """Tell whether large products of tensors go to oneDNN, whose operator has no gradient."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
     return (
         not recorded
-        and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
+        and all(tensor.device.type == "cpu" for tensor in operands)
+        and all(tensor.dtype == torch.float32 for tensor in operands)
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -96,25 +97,9 @@ def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     macs = left.shape[0] * left.shape[1] * right.shape[1]
     # an operand with gaps would take a path of oneDNN that is orders of magnitude slower
     dense = left.is_contiguous() and (right.is_contiguous() or right.t().is_contiguous())
-    if macs >= _LEAST_MACS_OF_ONEDNN and dense and _uses_onednn(left, right):
+    if macs >= LEAST_MACS_OF_ONEDNN and dense and uses_onednn(left, right):
         return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
-
-
-def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``tokens @ weight^T + bias``, large products without gradients by oneDNN.
-
-    Args:
-        tokens: (..., channels).
-        weight: (out_channels, channels).
-        bias: (out_channels).
-    """
-    large = tokens.numel() * weight.shape[0] >= _LEAST_MACS_OF_ONEDNN
-    if not large or torch.compiler.is_compiling() or not _uses_onednn(tokens, weight):
-        return F.linear(tokens, weight, bias)
-    # a transposed weight takes up to four times as long
-    tokens, weight = tokens.contiguous(), weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
 
 
 def _by_sample(weight_rows: int, tensor: Tensor) -> bool:
