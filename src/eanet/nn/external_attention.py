@@ -7,14 +7,14 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from eanet.nn.dead_parameters import attach_zero_gradient
 from eanet.nn.dropout import dropout
 from eanet.nn.external_attention_2d import ExternalAttention2d
 from eanet.nn.fused_attention import FusedExternalAttention
+from eanet.nn.linear import Linear
 from eanet.nn.memories import (
     MemoryInit,
     MemoryModule,
@@ -29,6 +29,7 @@ from eanet.nn.memories import (
 from eanet.nn.multi_head_external_attention import MultiHeadExternalAttention
 from eanet.ops.attention import Norm, check_mask
 from eanet.ops.attention.attention_rows import attention_rows
+from eanet.ops.attention.linear import linear
 
 __all__ = ["ExternalAttention", "ExternalAttention2d", "MultiHeadExternalAttention"]
 
@@ -111,10 +112,8 @@ class ExternalAttention(MemoryModule):
         self.channels = channels
         self.in_channels = in_channels
         self.residual: Residual = "input" if residual == "query" and not query else residual
-        self.query = nn.Linear(in_channels, channels, bias=query_bias) if query else None
-        self.projection = (
-            nn.Linear(channels, channels, bias=projection_bias) if projection else None
-        )
+        self.query = Linear(in_channels, channels, bias=query_bias) if query else None
+        self.projection = Linear(channels, channels, bias=projection_bias) if projection else None
         self.attention_dropout = attention_dropout
         self.projection_dropout = projection_dropout
         self.reset_parameters()
@@ -136,7 +135,7 @@ class ExternalAttention(MemoryModule):
             self.in_channels * self.channels
         )
         if self.residual == "query":
-            return F.linear(x, weight.to(x.dtype), cast(bias, x.dtype)), self.memory_key, None
+            return linear(x, weight.to(x.dtype), cast(bias, x.dtype)), self.memory_key, None
         key, key_bias = self.memory_key, None
         if self.normalization == "double":
             key = attach_zero_gradient(key, bias)
@@ -144,7 +143,7 @@ class ExternalAttention(MemoryModule):
             key_bias = key @ bias
         if folding_pays:
             return x, key @ weight, key_bias
-        return F.linear(x, weight.to(x.dtype)), key, key_bias
+        return linear(x, weight.to(x.dtype)), key, key_bias
 
     def _value_side(self) -> tuple[Tensor, Tensor | None]:
         """Return V (channels, slots) and the bias of the result."""
@@ -243,7 +242,7 @@ class ExternalAttention(MemoryModule):
             mask=mask,
         )
         attention = dropout(attention, self.attention_dropout).to(base.dtype)
-        branch = F.linear(attention.transpose(1, 2), value.to(base.dtype), cast(bias, base.dtype))
+        branch = linear(attention.transpose(1, 2), value.to(base.dtype), cast(bias, base.dtype))
         branch = dropout(branch, self.projection_dropout)
         if mask is not None:
             branch = branch.masked_fill(~mask.unsqueeze(-1), 0.0)

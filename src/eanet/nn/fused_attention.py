@@ -1,6 +1,5 @@
 """What the attention modules become for inference: two thin matrices and a bias."""
 
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -77,7 +76,7 @@ class FusedExternalAttention(_FusedModule):
     def _base(self, x: Tensor) -> Tensor:
         """Return the query where it is kept, otherwise x; channels before tokens."""
         if self.query_weight is not None:
-            x = F.linear(x, self.query_weight.to(x.dtype), cast(self.query_bias, x.dtype))
+            x = linear(x, self.query_weight.to(x.dtype), cast(self.query_bias, x.dtype))
         return x.transpose(1, 2)
 
     def forward(

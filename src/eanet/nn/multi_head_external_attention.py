@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from eanet.nn.dead_parameters import attach_zero_gradient
 from eanet.nn.dropout import dropout
 from eanet.nn.fused_attention import FusedMultiHeadExternalAttention, attend_heads
+from eanet.nn.linear import Linear
 from eanet.nn.memories import (
     MemoryInit,
     MemoryModule,
@@ -89,8 +90,8 @@ class MultiHeadExternalAttention(MemoryModule):
         )
         self.channels = channels
         self.num_heads = num_heads
-        self.query = nn.Linear(channels, expansion * channels)
-        self.projection = nn.Linear(expansion * channels, channels)
+        self.query = Linear(channels, expansion * channels)
+        self.projection = Linear(expansion * channels, channels)
         self.attention_dropout = attention_dropout
         self.projection_dropout = projection_dropout
         self.reset_parameters()

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from eanet.nn.dropout import dropout
+from eanet.nn.linear import Linear
 from eanet.nn.memories import check_positive, check_tokens
 from eanet.ops.attention import Norm, check_mask, check_norm, double_normalize, slot_softmax
 
@@ -89,12 +90,8 @@ class SelfAttention(nn.Module):
         self.eps = eps
         self.attention_dropout = attention_dropout
         self.projection_dropout = projection_dropout
-        self.qkv = (
-            nn.Linear(in_channels, 3 * channels, bias=qkv_bias) if form == "projected" else None
-        )
-        self.projection = (
-            nn.Linear(channels, channels, bias=projection_bias) if projection else None
-        )
+        self.qkv = Linear(in_channels, 3 * channels, bias=qkv_bias) if form == "projected" else None
+        self.projection = Linear(channels, channels, bias=projection_bias) if projection else None
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (batch, heads, tokens, channels per head)."""

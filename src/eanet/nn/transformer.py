@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from eanet.nn.batch_statistics import update_running_statistics, uses_batch_statistics
 from eanet.nn.dropout import Dropout
+from eanet.nn.linear import Linear
 from eanet.ops.attention.block import BatchStatistics
 
 __all__ = ["DropPath", "Mlp", "TokenBatchNorm", "TransformerBlock"]
@@ -59,9 +60,9 @@ class Mlp(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.expand = nn.Linear(channels, hidden_channels)
+        self.expand = Linear(channels, hidden_channels)
         self.activation = nn.GELU()
-        self.contract = nn.Linear(hidden_channels, channels)
+        self.contract = Linear(hidden_channels, channels)
         self.dropout = Dropout(dropout)
 
     def forward(

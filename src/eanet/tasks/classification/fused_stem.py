@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eanet.nn.memories import autocast_input
+from eanet.ops.attention.linear import linear
 from eanet.tasks.classification.soft_split import SoftSplit, centered_weight, project_centered
 
 __all__ = ["FusedTokenBlock"]
@@ -61,7 +62,7 @@ class FusedTokenBlock(nn.Module):
             # what the norm returns sums to 0, so that W' acts on it as W gamma does
             normalized = F.layer_norm(x, x.shape[-1:], eps=self.eps)
             weight, bias = self.weight.to(normalized.dtype), self.bias.to(normalized.dtype)
-            projected = autocast_input(F.linear(normalized, weight, bias).to(x.dtype))
+            projected = autocast_input(linear(normalized, weight, bias).to(x.dtype))
         else:
             projected = project_centered(x, split, self.weight, self.bias, eps=self.eps)
         y = self.attention(projected, mask)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from eanet.nn.dropout import Dropout
 from eanet.nn.external_attention import ExternalAttention
 from eanet.nn.fused_attention import FusedExternalAttention
+from eanet.nn.linear import Linear
 from eanet.nn.memories import full_precision
 from eanet.nn.self_attention import SelfAttention
 from eanet.nn.transformer import Mlp
@@ -67,8 +68,8 @@ class PerformerAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_features = num_features or channels // 2
-        self.keys_queries_values = nn.Linear(in_channels, 3 * channels)
-        self.projection = nn.Linear(channels, channels)
+        self.keys_queries_values = Linear(in_channels, 3 * channels)
+        self.projection = Linear(channels, channels)
         self.dropout = Dropout(dropout)
         # frozen, but stored and counted: another draw would be another network
         self.features = nn.Parameter(torch.empty(num_features, channels), requires_grad=False)
@@ -124,10 +125,10 @@ class TokenMemoryMLP(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, *, num_slots: int) -> None:
         super().__init__()
-        self.query = nn.Linear(in_channels, channels)
-        self.memory_key = nn.Linear(channels, num_slots, bias=False)
-        self.memory_value = nn.Linear(num_slots, channels)
-        self.projection = nn.Linear(channels, channels)
+        self.query = Linear(in_channels, channels)
+        self.memory_key = Linear(channels, num_slots, bias=False)
+        self.memory_value = Linear(num_slots, channels)
+        self.projection = Linear(channels, channels)
 
     def forward(
         self,
@@ -204,7 +205,7 @@ class TokenBlock(nn.Module):
         name = _FIRST_LAYERS.get(type(self.attention))
         layer = None if name is None else getattr(self.attention, name)
         # a layer that was replaced may do more than multiply
-        plain = type(layer) is nn.Linear and type(self.norm1) is nn.LayerNorm
+        plain = type(layer) in (Linear, nn.Linear) and type(self.norm1) is nn.LayerNorm
         return layer if plain else None
 
     @torch.no_grad()
@@ -334,7 +335,7 @@ class TokensToToken(nn.Module):
                 )
             dropout = 0.1 if stem == "performer" else 0.0  # as published
             self.blocks.append(TokenBlock(attention, patch_width, width, dropout=dropout))
-        self.projection = nn.Linear(patch_widths[-1], channels)
+        self.projection = Linear(patch_widths[-1], channels)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of tokens for an image of some size.
@@ -392,7 +393,7 @@ class TokensToToken(nn.Module):
         split = self.splits[-1]
         assert isinstance(split, SoftSplit)
         grid = split.grid(picture.shape[2], picture.shape[3])
-        if type(self.projection) is nn.Linear and not _is_watched(self.projection):
+        if type(self.projection) in (Linear, nn.Linear) and not _is_watched(self.projection):
             tokens = project_patches(picture, split, self.projection)
         else:
             tokens = self.projection(split(picture))

@@ -19,10 +19,10 @@ is kept between the passes.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eanet.nn.memories import full_precision
+from eanet.ops.attention.linear import linear
 from eanet.ops.points import gather_points
 
 __all__ = ["NormArguments", "NormStatistics", "aggregate_neighbors", "compose_neighbors"]
@@ -106,7 +106,7 @@ def compose_neighbors(
     """
     pairs = gather_points(near, neighbors) + own.unsqueeze(2)
     hidden, first = _normalize(pairs, first_norm, mask)
-    outer, second = _normalize(F.linear(torch.relu(hidden), weight), second_norm, mask)
+    outer, second = _normalize(linear(torch.relu(hidden), weight), second_norm, mask)
     return torch.relu(outer).amax(2), first, second
 
 

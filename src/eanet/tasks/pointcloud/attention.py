@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from eanet.nn.external_attention import ExternalAttention, ExternalAttention2d
+from eanet.nn.linear import Linear
 from eanet.nn.transformer import TokenBatchNorm
 from eanet.ops.attention import Norm, double_normalize, slot_softmax
 
@@ -53,7 +54,7 @@ class PointwiseResidual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.projection = nn.Linear(channels, channels)
+        self.projection = Linear(channels, channels)
         self.norm = TokenBatchNorm(channels)
 
     def shell(self, x: _Cloud, branch: _Cloud, mask: _Mask | None) -> _Cloud:
@@ -77,8 +78,8 @@ class _SelfAttention(PointwiseResidual):
         super().__init__(channels)
         if channels % 4:
             raise ValueError(f"channels of self-attention must divide by 4, got {channels}")
-        self.query_key = nn.Linear(channels, channels // 4, bias=False)
-        self.value = nn.Linear(channels, channels)
+        self.query_key = Linear(channels, channels // 4, bias=False)
+        self.value = Linear(channels, channels)
 
     def attention_map(
         self, x: _Cloud, mask: _Mask | None = None

@@ -8,8 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from eanet.nn.batch_statistics import update_running_statistics, uses_batch_statistics
+from eanet.nn.linear import Linear
 from eanet.nn.transformer import TokenBatchNorm
 from eanet.ops.attention.block import BatchStatistics
+from eanet.ops.attention.linear import linear
 from eanet.ops.points import farthest_point_sample, gather_points, nearest_neighbors
 from eanet.tasks.pointcloud.aggregation import (
     NormArguments,
@@ -49,7 +51,7 @@ class PointwiseLayer(nn.Module):
         activation: Activation = "relu",
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_channels, channels, bias=bias)
+        self.linear = Linear(in_channels, channels, bias=bias)
         self.norm = TokenBatchNorm(channels)
         self.activation: Activation = activation
 
@@ -85,9 +87,9 @@ class LocalAggregation(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.linear1 = nn.Linear(2 * in_channels, channels, bias=False)
+        self.linear1 = Linear(2 * in_channels, channels, bias=False)
         self.norm1 = TokenBatchNorm(channels)
-        self.linear2 = nn.Linear(channels, channels, bias=False)
+        self.linear2 = Linear(channels, channels, bias=False)
         self.norm2 = TokenBatchNorm(channels)
 
     def forward(
@@ -106,9 +108,9 @@ class LocalAggregation(nn.Module):
             mask: True for centers that count in the statistics of batch norm.
         """
         relative, own = self.linear1.weight.split(self.in_channels, dim=1)
-        near = F.linear(features, relative)
+        near = linear(features, relative)
         at_centers = features if centers is None else gather_points(features, centers)
-        own = F.linear(at_centers, own - relative)
+        own = linear(at_centers, own - relative)
         arguments = (near, own, neighbors, self.linear2.weight)
         norms = (_arguments_of(self.norm1), _arguments_of(self.norm2))
         masked = mask is not None and uses_batch_statistics(self.norm1)

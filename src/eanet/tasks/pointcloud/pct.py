@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from eanet.nn.linear import Linear
 from eanet.ops.attention import Norm
+from eanet.ops.attention.linear import linear
 from eanet.tasks.pointcloud.attention import AttentionKind, ExternalForm, attention_layer
 from eanet.tasks.pointcloud.embedding import (
     Activation,
@@ -145,7 +147,7 @@ class PointEncoder(nn.Module):
         self.middle = nn.ModuleList(
             PointwiseLayer(channels, channels) for _ in range(middle_layers)
         )
-        self.position = nn.Linear(3, channels) if position else None
+        self.position = Linear(3, channels) if position else None
         self.layers = nn.ModuleList(
             attention_layer(
                 attention, channels, num_slots=num_slots, query=query, form=form, norm=norm
@@ -209,7 +211,7 @@ class _HeadLayer(nn.Module):
         self, in_channels: int, channels: int, *, bias: bool, activation: Activation, dropout: float
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_channels, channels, bias=bias)
+        self.linear = Linear(in_channels, channels, bias=bias)
         self.norm = nn.BatchNorm1d(channels)
         self.activation: Activation = activation
         self.dropout = nn.Dropout(dropout)
@@ -265,7 +267,7 @@ class PointClassifier(nn.Module):
                 for number, (before, after) in enumerate(pairwise(widths))
             )
         )
-        self.classifier = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
+        self.classifier = Linear(widths[-1], num_classes) if num_classes else nn.Identity()
 
     @property
     def min_points(self) -> int:
@@ -339,7 +341,7 @@ class PartSegmenter(nn.Module):
         self.head1 = PointwiseLayer(joined, first, bias=True)
         self.dropout = nn.Dropout(dropout)
         self.head2 = PointwiseLayer(first, second, bias=True)
-        self.classifier = nn.Linear(second, num_parts)
+        self.classifier = Linear(second, num_parts)
 
     @property
     def min_points(self) -> int:
@@ -390,12 +392,12 @@ class PartSegmenter(nn.Module):
         """Return the first head layer's share of what is the same for all points of a cloud."""
         parts = [largest, mean] if labels is None else [largest, mean, labels]
         weight = self.head1.linear.weight[:, self.encoder.out_channels :]
-        return F.linear(torch.cat(parts, dim=1), weight, self.head1.linear.bias)
+        return linear(torch.cat(parts, dim=1), weight, self.head1.linear.bias)
 
     def _point_logits(self, features: Tensor, shared: Tensor, mask: Tensor | None) -> Tensor:
         """Return logits from the features of points and what their cloud adds."""
         weight = self.head1.linear.weight[:, : self.encoder.out_channels]
-        x = self.head1.finish(F.linear(features, weight) + shared.unsqueeze(1), mask)
+        x = self.head1.finish(linear(features, weight) + shared.unsqueeze(1), mask)
         return self.classifier(self.head2(self.dropout(x), mask))
 
     def _forward_in_parts(
