@@ -12,11 +12,11 @@ a (channels, tokens) map is needed for them. The derivation is in ``README.md`` 
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eanet.ops.attention import custom_op, eager
-from eanet.ops.attention.attention_rows import normalize_tokens, token_logits
 from eanet.ops.attention.block_function import (
     BlockFunction,
     BlockOperands,
@@ -25,13 +25,9 @@ from eanet.ops.attention.block_function import (
     forward_pass,
     num_valid,
 )
-from eanet.ops.attention.linear import linear
+from eanet.ops.attention.linear import LEAST_MACS, LEAST_MACS_WITH_GRADIENT
 
 __all__ = ["BatchNormArguments", "BatchStatistics", "external_attention_block", "result_only"]
-
-
-#: entries of a map up to which the start of an operation counts more than what it does
-_FEW_ENTRIES = 1 << 18
 
 
 class BatchNormArguments(NamedTuple):
@@ -170,12 +166,13 @@ def result_only(
         )[0]  # fmt: skip
     value = memory_key if memory_value is None else memory_value
     batch, tokens, _ = x.shape
-    if mask is None and _has_few_entries(x):
+    if mask is None and _is_little_work(x, memory_key, value, eps):
         heads = x if num_heads == 1 else x.reshape(batch, tokens, num_heads, -1)
-        logits = token_logits(heads, memory_key, memory_key_bias)
-        attention = normalize_tokens(logits, norm=norm, eps=eps)
-        bias = None if memory_value_bias is None else memory_value_bias.to(x.dtype)
-        out = linear(attention.to(x.dtype), value.to(x.dtype).transpose(0, 1), bias)
+        logits = F.linear(heads, memory_key, memory_key_bias)
+        attention = torch.softmax(logits, dim=1 if norm == "double" else -1)
+        if norm == "double":
+            attention = attention / (attention.sum(-1, keepdim=True) + eps)
+        out = F.linear(attention, value.transpose(0, 1), memory_value_bias)
         return out if num_heads == 1 else out.flatten(2)
     # the heads of a token lie side by side, and become columns without a copy
     columns = x.reshape(batch, tokens * num_heads, memory_key.shape[1]).transpose(1, 2)
@@ -187,10 +184,18 @@ def result_only(
     return out.transpose(1, 2).reshape(batch, tokens, num_heads * value.shape[1])
 
 
-def _has_few_entries(x: Tensor) -> bool:
-    """Tell whether ordinary operations take less time than a function with its own gradient."""
-    few = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return few and 0 < x.numel() <= _FEW_ENTRIES
+def _is_little_work(x: Tensor, key: Tensor, value: Tensor, eps: float) -> bool:
+    """Tell whether the equations as written are exact, and faster than what saves products."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, key, value))
+    return (
+        0 < x.numel() * key.shape[0] < (2 * LEAST_MACS_WITH_GRADIENT if recorded else LEAST_MACS)
+        and x.shape[1] <= eager.MOST_TOKENS_OF_SOFTMAX
+        and x.device.type == "cpu"
+        and x.dtype == key.dtype == value.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and eager.eps_dominates_underflow(eps, x.dtype)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _records_gradients(operands: BlockOperands) -> bool:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from eanet.ops.attention.thin_products import LEAST_MACS_OF_ONEDNN, sum_over_tokens, uses_onednn
+from eanet.ops.attention.thin_products import sum_over_tokens, uses_onednn
 
-__all__ = ["linear"]
+__all__ = ["LEAST_MACS", "LEAST_MACS_WITH_GRADIENT", "linear"]
 
-#: multiply-adds below which a gradient of our own costs more than oneDNN saves
-_LEAST_MACS_WITH_GRADIENT = 1 << 24
+#: multiply-adds below which PyTorch's own takes less time, without a gradient and with one
+LEAST_MACS, LEAST_MACS_WITH_GRADIENT = 1 << 23, 1 << 24
 
 
 def linear(
@@ -33,13 +33,13 @@ def linear(
     """
     macs = tokens.numel() * weight.shape[0]
     elsewhere = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    if elsewhere or macs < LEAST_MACS_OF_ONEDNN:
+    if elsewhere or macs < LEAST_MACS:
         return F.linear(tokens, weight, bias)
     operands = (tokens, weight) if bias is None else (tokens, weight, bias)
     if uses_onednn(*operands):
         return _by_onednn(tokens, weight, bias)
     with torch.no_grad():
-        worthwhile = macs >= _LEAST_MACS_WITH_GRADIENT and uses_onednn(*operands)
+        worthwhile = macs >= LEAST_MACS_WITH_GRADIENT and uses_onednn(*operands)
     if worthwhile:
         return _Linear.apply(tokens, weight, bias)  # pyright: ignore[reportReturnType]
     return F.linear(tokens, weight, bias)

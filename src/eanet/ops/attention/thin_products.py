@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "LEAST_MACS_OF_ONEDNN",
     "empty_map",
     "is_token_major",
     "map_from_rows",
@@ -34,11 +33,13 @@ __all__ = [
 ]
 
 #: multiply-adds of one product below which the call costs more than oneDNN saves
-LEAST_MACS_OF_ONEDNN = 1 << 21
+_LEAST_MACS_OF_ONEDNN = 1 << 20
 #: multiply-adds with a sample below which all samples are multiplied at once
 _LEAST_MACS_BY_SAMPLE = 1 << 20
 #: entries of a tile of a map: 1 MiB of float32, for which no allocator asks the system twice
 _TILE_ENTRIES = 1 << 18
+#: entries of a map that is worked on at once
+_ENTRIES_AT_ONCE = 1 << 20
 #: most tokens of a tile whose tokens lie side by side
 _TILE_TOKENS = 1 << 11
 #: most tokens of rows that are read as they lie, side by side; longer rows meet in the same lines
@@ -97,7 +98,7 @@ def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     macs = left.shape[0] * left.shape[1] * right.shape[1]
     # an operand with gaps would take a path of oneDNN that is orders of magnitude slower
     dense = left.is_contiguous() and (right.is_contiguous() or right.t().is_contiguous())
-    if macs >= LEAST_MACS_OF_ONEDNN and dense and uses_onednn(left, right):
+    if macs >= _LEAST_MACS_OF_ONEDNN and dense and uses_onednn(left, right):
         return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
 
@@ -110,7 +111,7 @@ def _by_sample(weight_rows: int, tensor: Tensor) -> bool:
 
 def _in_tiles(rows: Tensor, num_entries: int) -> bool:
     """Tell whether a map of so many entries is worked on in tiles."""
-    return rows.device.type == "cpu" and num_entries > _TILE_ENTRIES
+    return rows.device.type == "cpu" and num_entries > _ENTRIES_AT_ONCE
 
 
 def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
