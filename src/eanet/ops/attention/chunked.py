@@ -26,12 +26,12 @@ from eanet.ops.attention.chunks import (
     by_group,
     chunk_of,
     empty_result,
-    is_token_major,
     normalize,
     product,
     without_autocast,
 )
 from eanet.ops.attention.moments import AttentionMoments, FoldedBatchNorm
+from eanet.ops.attention.thin_products import is_token_major
 
 __all__ = ["chunked_external_attention", "chunked_external_attention_block"]
 

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eanet.ops.attention.thin_products import is_token_major, map_from_rows, rows_from_map
+
 __all__ = [
     "ChunkOptions",
     "Exchange",
@@ -25,7 +27,6 @@ __all__ = [
     "by_group",
     "chunk_of",
     "empty_result",
-    "is_token_major",
     "normalize",
     "product",
     "without_autocast",
@@ -123,7 +124,7 @@ class Memories:
 
     def logits(self, x: Float[Tensor, "groups channels n"]) -> Float[Tensor, "groups slots n"]:
         """Compare tokens with keys (Eq. 9); the result is a fresh tensor."""
-        logits = torch.bmm(self.key.expand(x.shape[0], *self.key.shape), x)
+        logits = rows_from_map(self.key, x)
         return logits if self.key_bias is None else logits.add_(self.key_bias.unsqueeze(-1))
 
     def mix(
@@ -240,6 +241,8 @@ def by_group(rows: Tensor, num_groups: int) -> Tensor:
 
 def product(weight: Tensor, rows: Tensor, token_major: bool) -> Tensor:
     """Return ``weight @ rows`` (G, V, n), laid out as the tensor it will be copied to."""
+    if token_major == is_token_major(rows):
+        return map_from_rows(weight.contiguous(), rows, like=rows, base=None)
     weight = weight.expand(rows.shape[0], *weight.shape)
     if token_major:
         return torch.bmm(rows.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)
@@ -273,11 +276,6 @@ class Tokens:
 def chunk_of(tensor: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
     """Return some tokens of (B, heads, C, N) as (G, C, n)."""
     return tensor[..., part].flatten(0, 1).to(dtype)
-
-
-def is_token_major(tensor: Tensor) -> bool:
-    """Tell whether the channels of a token in (B, heads, C, N) lie side by side."""
-    return tensor.stride(2) == 1 and tensor.shape[2] > 1
 
 
 def empty_result(x: Tensor, channels: int) -> Tensor:

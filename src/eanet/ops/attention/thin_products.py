@@ -52,8 +52,8 @@ _TOKEN_MAJOR_SUM_TOKENS = 1 << 12
 
 
 def is_token_major(tensor: Tensor) -> bool:
-    """Tell whether the channels of a token in (batch, channels, tokens) lie side by side."""
-    return tensor.shape[1] > 1 and tensor.stride(1) == 1
+    """Tell whether the channels of a token in (..., channels, tokens) lie side by side."""
+    return tensor.shape[-2] > 1 and tensor.stride(-2) == 1
 
 
 def empty_map(like: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
