@@ -131,6 +131,7 @@ def normalized_rows(
     eps: float,
     mask: Bool[Tensor, "batch tokens"] | None,
     num_heads: int,
+    place: Float[Tensor, "batch slots columns"] | None = None,
 ) -> tuple[Float[Tensor, "batch slots columns"], Float[Tensor, "batch 1 columns"] | None]:
     """Compute attention in the place of its logits, without a history of gradients.
 
@@ -142,13 +143,19 @@ def normalized_rows(
         eps: of the double normalization.
         mask: True for tokens that take part.
         num_heads: columns of x that belong to a token; each is normalized among its like.
+        place: memory for the attention, at least float32; by default its own.
 
     Returns:
         Attention, at least in float32 and lying as the tokens do; and the denominator of Eq. 11,
         which the norm "softmax" does not have.
     """
     x, key = _in_range(x, key)
-    rows = _at_least_float32(rows_from_map(key, x))
+    if place is None:
+        rows = _at_least_float32(rows_from_map(key, x))
+    else:
+        rows = place
+        for part in parts_of(x):
+            rows[..., part] = rows_from_map(key, x[..., part])
     logits = by_token(rows, num_heads)
     mask = None if mask is None else mask[:, None, :, None]
     if norm == "double" and eager.eps_dominates_underflow(eps, logits.dtype):

@@ -22,7 +22,7 @@ from eanet.ops.attention.block_function import (
     BlockOperands,
     BlockOptions,
     composed_block,
-    forward_pass,
+    inference_pass,
     num_valid,
 )
 from eanet.ops.attention.linear import LEAST_MACS, LEAST_MACS_WITH_GRADIENT
@@ -120,7 +120,7 @@ def _by_eager(
     if out is None and torch.compiler.is_compiling():
         return composed_block(operands, options)
     if out is not None or not _records_gradients(operands):
-        passed = forward_pass(operands, options, out)
+        passed = inference_pass(operands, options, out)
         return passed.out, passed.mean, passed.variance
     return BlockFunction.apply(options, *operands)  # pyright: ignore[reportReturnType]
 

@@ -28,6 +28,7 @@ from eanet.ops.attention.thin_products import (
     map_from_rows,
     rows_from_map,
     sum_over_tokens,
+    tail,
 )
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
     "BlockOptions",
     "ForwardPass",
     "composed_block",
-    "forward_pass",
+    "inference_pass",
     "num_valid",
 ]
 
@@ -197,10 +198,40 @@ def _composed_attention(operands: BlockOperands, options: BlockOptions) -> Tenso
     return attention.flatten(2)
 
 
-def forward_pass(
+def inference_pass(
     operands: BlockOperands, options: BlockOptions, out: Tensor | None = None
 ) -> ForwardPass:
-    """Compute the block without recording gradients, into ``out`` where it is given."""
+    """Compute the block where nothing is kept for a backward pass.
+
+    On a CPU the attention of many tokens waits in the memory of the result.
+    """
+    x, num_slots, width = operands.x, operands.key.shape[0], operands.value.shape[0]
+    many = x.device.type == "cpu" and x.shape[0] * x.shape[2] > PART_COLUMNS
+    # without anything to add, a product may itself be the result, which saves more
+    at_once = out is None and not options.residual and not options.relu and is_token_major(x)
+    if not many or options.batch_norm_eps is not None or (at_once and width > 2 * num_slots):
+        return forward_pass(operands, options, out)
+    out = empty_map(x, width) if out is None else out
+    in_place = out.data_ptr() == x.data_ptr()
+    same_type = out.dtype in (torch.float32, torch.float64)
+    place = tail(out, num_slots) if same_type and not in_place else None
+    return forward_pass(operands, options, out, place)
+
+
+def forward_pass(
+    operands: BlockOperands,
+    options: BlockOptions,
+    out: Tensor | None = None,
+    place: Tensor | None = None,
+) -> ForwardPass:
+    """Compute the block without recording gradients.
+
+    Args:
+        operands: its tensors.
+        options: what it does.
+        out: memory for the result.
+        place: memory for the attention, see :func:`eanet.ops.attention.thin_products.tail`.
+    """
     x = operands.x
     attention, denominator = normalized_rows(
         x,
@@ -210,6 +241,7 @@ def forward_pass(
         eps=options.eps,
         mask=operands.mask,
         num_heads=options.num_heads,
+        place=place,
     )
     weight, bias = operands.value, operands.bias
     mean = variance = attention.new_zeros(0)

@@ -29,6 +29,7 @@ __all__ = [
     "parts",
     "rows_from_map",
     "sum_over_tokens",
+    "tail",
     "uses_onednn",
 ]
 
@@ -45,8 +46,8 @@ _TILE_TOKENS = 1 << 11
 #: most tokens of rows that are read as they lie, side by side; longer rows meet in the same lines
 #: of the cache
 _ROW_TOKENS = 1 << 14
-#: tokens that are copied together at once: 8 MiB of 512 channels
-_COPIED_TOKENS = 1 << 12
+#: tokens that are copied together at once: 4 MiB of 512 channels
+_COPIED_TOKENS = 1 << 11
 #: tokens that are summed at once where the channels of a token lie side by side
 _TOKEN_MAJOR_SUM_TOKENS = 1 << 12
 
@@ -62,6 +63,32 @@ def empty_map(like: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> 
     if is_token_major(like):
         return like.new_empty((batch, tokens, num_rows), dtype=dtype).transpose(1, 2)
     return like.new_empty((batch, num_rows, tokens), dtype=dtype)
+
+
+def tail(out: Tensor, num_rows: int) -> Tensor | None:
+    """Return rows (batch, num_rows, tokens) in the last memory of a map that is still empty.
+
+    Whoever computes the map from these rows, tokens in order, never writes over rows that are still
+    to be read: the first t tokens end no later than where the rows of token t begin. Large fresh
+    memory is what costs most on a CPU; this needs none.
+
+    Args:
+        out: (batch, channels, tokens).
+        num_rows: at most as many as the channels.
+
+    Returns:
+        The rows, lying as the map does; or nothing if the map has gaps or is too small.
+    """
+    batch, channels, tokens = out.shape
+    if num_rows > channels:
+        return None
+    if is_token_major(out):
+        tokens_of = out.transpose(1, 2)
+        if not tokens_of.is_contiguous():
+            return None
+        last = tokens_of.view(-1)[batch * tokens * (channels - num_rows) :]
+        return last.view(batch, tokens, num_rows).transpose(1, 2)
+    return out[:, channels - num_rows :] if out.is_contiguous() else None
 
 
 def parts(length: int, most: int) -> Iterator[slice]:
@@ -166,7 +193,8 @@ def map_from_rows(
         bias: (channels) to add, in the type of the map.
         mask: (batch, tokens), True for tokens that get the bias.
         relu: whether to rectify.
-        out: (batch, channels, tokens) for the result; it may be the same tensor as ``base``.
+        out: (batch, channels, tokens) for the result; it may be the same tensor as ``base``, and
+            the rows may lie in its :func:`tail`.
     """
     shape = (rows.shape[0], weight.shape[0], rows.shape[2])
     at_once = base is None and not relu and out is None and is_token_major(rows)
@@ -209,10 +237,10 @@ def _tiles(
     if bias is not None:  # the value of one more slot, whose attention is 1
         weight = torch.cat([weight, bias.unsqueeze(1)], dim=1)
     for tokens in parts(num_tokens, _TILE_TOKENS):
-        of_tokens = rows[:, tokens]
-        if bias is not None:
-            of_tokens = _with_row_of_ones(of_tokens, None if mask is None else mask[tokens])
-        of_tokens = of_tokens.contiguous()
+        if bias is None:
+            of_tokens = rows[:, tokens].clone(memory_format=torch.contiguous_format)
+        else:
+            of_tokens = _with_row_of_ones(rows[:, tokens], None if mask is None else mask[tokens])
         for channels in parts(num_channels, max(1, _TILE_ENTRIES // of_tokens.shape[1])):
             yield channels, tokens, multiply(weight[channels], of_tokens)
 
