@@ -49,7 +49,7 @@ _ROW_TOKENS = 1 << 14
 #: tokens that are copied together at once: 4 MiB of 512 channels
 _COPIED_TOKENS = 1 << 11
 #: tokens that are summed at once where the channels of a token lie side by side
-_TOKEN_MAJOR_SUM_TOKENS = 1 << 12
+_SUM_TOKENS = 1 << 12
 
 
 def is_token_major(tensor: Tensor) -> bool:
@@ -166,10 +166,22 @@ def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
         if sample.shape[1] <= _ROW_TOKENS and sample.is_contiguous():
             target.copy_(multiply(weight, sample))
             continue
-        # a part is copied together: rows that lie far apart would meet in the same cache lines
-        for tokens in parts(source.shape[2], _COPIED_TOKENS):
-            target[:, tokens] = multiply(weight, sample[:, tokens].contiguous())
+        for tokens, part in _copied_together(sample, _COPIED_TOKENS):
+            target[:, tokens] = multiply(weight, part)
     return out
+
+
+def _copied_together(sample: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield parts of (channels, tokens) without gaps: rows far apart meet in the same cache lines.
+
+    All parts take the same memory, one after the other: what is asked for anew for every part comes
+    from the system every time, page by page.
+    """
+    channels, num_tokens = sample.shape
+    memory = sample.new_empty(channels * min(most, num_tokens))
+    for tokens in parts(num_tokens, most):
+        length = tokens.stop - tokens.start
+        yield tokens, memory[: channels * length].view(channels, length).copy_(sample[:, tokens])
 
 
 def map_from_rows(
@@ -295,18 +307,23 @@ def sum_over_tokens(
         valid = source if mask is None else source * mask.unsqueeze(1)
         return torch.cat([total, valid.sum((0, 2)).unsqueeze(0)])
     total = source.new_zeros((num_rows + with_total, num_channels))
-    # sums of parts round less than one long sum; and rows side by side cost a copy of little, while
-    # maps with gaps between their rows have to be copied together
+    # sums of parts round less than one long sum
     for sample, (left, right) in enumerate(zip(rows, source, strict=True)):
-        lies_together = not is_token_major(source) and right.shape[1] <= _ROW_TOKENS
-        most = _ROW_TOKENS if lies_together else _TOKEN_MAJOR_SUM_TOKENS
-        for tokens in parts(source.shape[2], most):
-            of_tokens = right[:, tokens]
-            if not is_token_major(source):
-                of_tokens = of_tokens.contiguous()
+        for tokens, of_tokens in _parts_of_sum(right):
             weights = left[:, tokens]
             if with_total:
                 valid = None if mask is None else mask[sample, tokens]
                 weights = _with_row_of_ones(weights, valid)
             total += multiply(weights.contiguous(), of_tokens.t())
     return total
+
+
+def _parts_of_sum(sample: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield parts of (channels, tokens) whose channels or tokens lie side by side."""
+    if not is_token_major(sample) and not (
+        sample.shape[1] <= _ROW_TOKENS and sample.is_contiguous()
+    ):
+        yield from _copied_together(sample, _SUM_TOKENS)
+        return
+    for tokens in parts(sample.shape[1], _SUM_TOKENS if is_token_major(sample) else _ROW_TOKENS):
+        yield tokens, sample[:, tokens]
