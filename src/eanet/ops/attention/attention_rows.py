@@ -17,7 +17,6 @@ from eanet.ops.attention.thin_products import parts, rows_from_map
 
 __all__ = [
     "PART_COLUMNS",
-    "attention_of_logits",
     "attention_rows",
     "block_logits",
     "by_token",
@@ -41,20 +40,8 @@ def attention_rows(
     mask: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch slots tokens"]:
     """Return the attention A of a block, at least in float32, with gradients."""
-    return attention_of_logits(block_logits(x, key, key_bias), norm=norm, eps=eps, mask=mask)
-
-
-def attention_of_logits(
-    logits: Float[Tensor, "... slots tokens"],
-    *,
-    norm: Literal["double", "softmax"] = "double",
-    eps: float = 1e-9,
-    mask: Bool[Tensor, "batch tokens"] | None = None,
-) -> Float[Tensor, "... slots tokens"]:
-    """Normalize logits whose tokens are last and whose slots stand before them."""
-    if norm == "double":
-        return eager.double_normalize(logits, token_dim=-1, slot_dim=-2, eps=eps, mask=mask)
-    return eager.slot_softmax(logits, token_dim=-1, slot_dim=-2, mask=mask)
+    logits = block_logits(x, key, key_bias)
+    return eager.normalize_logits(logits, norm=norm, token_dim=-1, slot_dim=-2, eps=eps, mask=mask)
 
 
 def block_logits(x: Tensor, key: Tensor, key_bias: Tensor | None) -> Tensor:
@@ -86,13 +73,13 @@ def normalize_tokens(
     The slots of a token stay side by side: a softmax copies what does not lie in the order of its
     dimensions.
     """
-    if norm == "softmax":
-        return eager.slot_softmax(logits, token_dim=1, slot_dim=-1, mask=mask)
     recorded = torch.is_grad_enabled() and logits.requires_grad
-    by_quotient = eager.eps_dominates_underflow(eps, logits.dtype)
+    by_quotient = norm == "double" and eager.eps_dominates_underflow(eps, logits.dtype)
     if recorded or not by_quotient or torch.compiler.is_compiling():
-        return eager.double_normalize(logits, token_dim=1, slot_dim=-1, eps=eps, mask=mask)
-    heads = logits.view(*logits.shape[:2], -1, logits.shape[-1])
+        return eager.normalize_logits(
+            logits, norm=norm, token_dim=1, slot_dim=-1, eps=eps, mask=mask
+        )
+    heads = logits.unsqueeze(2) if logits.ndim == 3 else logits
     rows = heads.permute(0, 3, 1, 2)  # (B, S, N, H)
     _double_normalize_(rows, eps, None if mask is None else mask[:, None, :, None])
     return logits
@@ -110,11 +97,10 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def parts_of(x: Tensor, num_columns: int = PART_COLUMNS, *, dim: int = 2) -> list[slice]:
-    """Return the tokens along a dimension in the parts that are worked on together on a CPU."""
-    length = x.shape[dim]
+def parts_of(x: Tensor, most: int = PART_COLUMNS) -> list[slice]:
+    """Return the third dimension in the parts that are worked on together on a CPU."""
     in_parts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return list(parts(length, num_columns)) if in_parts else [slice(0, length)]
+    return list(parts(x.shape[2], most)) if in_parts else [slice(0, x.shape[2])]
 
 
 def by_token(rows: Tensor, num_heads: int) -> Tensor:

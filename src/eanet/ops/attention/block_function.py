@@ -189,12 +189,9 @@ def _composed_attention(operands: BlockOperands, options: BlockOptions) -> Tenso
         attention = normalize_tokens(logits, norm=options.norm, eps=options.eps, mask=operands.mask)
         return attention.flatten(1, 2).transpose(1, 2)
     logits = by_token(block_logits(x, key, key_bias), options.num_heads)
-    if options.norm == "double":
-        attention = eager.double_normalize(
-            logits, token_dim=2, slot_dim=1, eps=options.eps, mask=operands.mask
-        )
-    else:
-        attention = eager.slot_softmax(logits, token_dim=2, slot_dim=1, mask=operands.mask)
+    attention = eager.normalize_logits(
+        logits, norm=options.norm, token_dim=2, slot_dim=1, eps=options.eps, mask=operands.mask
+    )
     return attention.flatten(2)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "double_normalize",
     "external_attention",
     "multi_head_external_attention",
+    "normalize_logits",
     "slot_softmax",
 ]
 
@@ -315,6 +316,21 @@ def attention_logits(
     return torch.matmul(key, x)
 
 
+def normalize_logits(
+    logits: Float[Tensor, "..."],
+    *,
+    norm: str,
+    token_dim: int,
+    slot_dim: int,
+    eps: float,
+    mask: Bool[Tensor, "batch tokens"] | None,
+) -> Float[Tensor, "..."]:
+    """Apply the norm of that name: "double" or "softmax" over the slots."""
+    if norm == "double":
+        return double_normalize(logits, token_dim=token_dim, slot_dim=slot_dim, eps=eps, mask=mask)
+    return slot_softmax(logits, token_dim=token_dim, slot_dim=slot_dim, mask=mask)
+
+
 def external_attention(
     x: Float[Tensor, "batch tokens channels"],
     memory_key: Float[Tensor, "slots channels"],
@@ -358,10 +374,7 @@ def multi_head_external_attention(
     logits = attention_logits(heads, memory_key)
     if memory_key_bias is not None:
         logits = logits + memory_key_bias.to(logits.dtype).unsqueeze(-1)
-    if norm == "double":
-        attention = double_normalize(logits, token_dim=-1, slot_dim=-2, eps=eps, mask=mask)
-    else:
-        attention = slot_softmax(logits, token_dim=-1, slot_dim=-2, mask=mask)
+    attention = normalize_logits(logits, norm=norm, token_dim=-1, slot_dim=-2, eps=eps, mask=mask)
     attention = attention.to(x.dtype).transpose(-1, -2)
     values = memory_key if memory_value is None else memory_value
     output = torch.matmul(attention, values)
