@@ -205,14 +205,12 @@ def inference_pass(
     x, num_slots, width = operands.x, operands.key.shape[0], operands.value.shape[0]
     many = x.device.type == "cpu" and x.shape[0] * x.shape[2] > PART_COLUMNS
     # without anything to add, a product may itself be the result, which saves more
-    at_once = out is None and not options.residual and not options.relu and is_token_major(x)
-    if not many or options.batch_norm_eps is not None or (at_once and width > 2 * num_slots):
+    at_once = out is None and not options.residual and not options.relu and width > 2 * num_slots
+    if not many or at_once or not is_token_major(x) or options.batch_norm_eps is not None:
         return forward_pass(operands, options, out)
     out = empty_map(x, width) if out is None else out
-    in_place = out.data_ptr() == x.data_ptr()
-    same_type = out.dtype in (torch.float32, torch.float64)
-    place = tail(out, num_slots) if same_type and not in_place else None
-    return forward_pass(operands, options, out, place)
+    separate = out.data_ptr() != x.data_ptr() and out.dtype in (torch.float32, torch.float64)
+    return forward_pass(operands, options, out, tail(out, num_slots) if separate else None)
 
 
 def forward_pass(

@@ -70,25 +70,22 @@ def tail(out: Tensor, num_rows: int) -> Tensor | None:
 
     Whoever computes the map from these rows, tokens in order, never writes over rows that are still
     to be read: the first t tokens end no later than where the rows of token t begin. Large fresh
-    memory is what costs most on a CPU; this needs none.
+    memory costs more on a CPU than what is done with it; this needs none.
 
     Args:
         out: (batch, channels, tokens).
         num_rows: at most as many as the channels.
 
     Returns:
-        The rows, lying as the map does; or nothing if the map has gaps or is too small.
+        The rows, lying as the map does; or nothing if the map is not token-major, has gaps or is
+        too small.
     """
     batch, channels, tokens = out.shape
-    if num_rows > channels:
+    tokens_of = out.transpose(1, 2)
+    if num_rows > channels or not is_token_major(out) or not tokens_of.is_contiguous():
         return None
-    if is_token_major(out):
-        tokens_of = out.transpose(1, 2)
-        if not tokens_of.is_contiguous():
-            return None
-        last = tokens_of.view(-1)[batch * tokens * (channels - num_rows) :]
-        return last.view(batch, tokens, num_rows).transpose(1, 2)
-    return out[:, channels - num_rows :] if out.is_contiguous() else None
+    last = tokens_of.view(-1)[batch * tokens * (channels - num_rows) :]
+    return last.view(batch, tokens, num_rows).transpose(1, 2)
 
 
 def parts(length: int, most: int) -> Iterator[slice]:
@@ -157,13 +154,15 @@ def rows_from_map(weight: Tensor, source: Tensor) -> Tensor:
             rows = torch.stack([multiply(sample, weight.t()) for sample in tokens_of.unbind()])
         return rows.transpose(1, 2)
     weight = weight.contiguous()
-    if source.shape[0] == 1 and source.shape[2] <= _ROW_TOKENS and source.is_contiguous():
+    # oneDNN copies what it reads into its own order; to a BLAS, long rows stand in each other's way
+    as_it_lies = source.shape[2] <= _ROW_TOKENS or uses_onednn(weight, source)
+    if source.shape[0] == 1 and as_it_lies and source.is_contiguous():
         return multiply(weight, source[0]).unsqueeze(0)
     if not _by_sample(weight.shape[0], source):
         return torch.bmm(weight.expand(source.shape[0], *weight.shape), source)
     out = empty_map(source, weight.shape[0])
     for sample, target in zip(source, out, strict=True):
-        if sample.shape[1] <= _ROW_TOKENS and sample.is_contiguous():
+        if as_it_lies and sample.is_contiguous():
             target.copy_(multiply(weight, sample))
             continue
         for tokens, part in _copied_together(sample, _COPIED_TOKENS):
@@ -249,10 +248,9 @@ def _tiles(
     if bias is not None:  # the value of one more slot, whose attention is 1
         weight = torch.cat([weight, bias.unsqueeze(1)], dim=1)
     for tokens in parts(num_tokens, _TILE_TOKENS):
-        if bias is None:
-            of_tokens = rows[:, tokens].clone(memory_format=torch.contiguous_format)
-        else:
-            of_tokens = _with_row_of_ones(rows[:, tokens], None if mask is None else mask[tokens])
+        of_tokens = rows[:, tokens].contiguous()
+        if bias is not None:
+            of_tokens = _with_row_of_ones(of_tokens, None if mask is None else mask[tokens])
         for channels in parts(num_channels, max(1, _TILE_ENTRIES // of_tokens.shape[1])):
             yield channels, tokens, multiply(weight[channels], of_tokens)
 
