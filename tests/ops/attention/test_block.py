@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eanet.ops.attention import multi_head_external_attention
+from eanet.ops.attention import external_attention, multi_head_external_attention
 from eanet.ops.attention.block import BatchNormArguments, external_attention_block
 from eanet.ops.attention.block_function import BlockOperands, BlockOptions, composed_block
 
@@ -111,6 +111,38 @@ def test_a_buffer_of_the_caller_takes_the_result(tokens, layout):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     external_attention_block(x, key, value, **arguments, out=x)  # in place
     torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 18_000])
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_the_functions_take_a_buffer(tokens, num_heads):
+    torch.manual_seed(0)
+    x, key = torch.randn(2, tokens, num_heads * 24), torch.randn(16, 24)
+    value, bias = torch.randn(16, 20), torch.randn(20)
+    arguments = {"num_heads": num_heads, "memory_value_bias": bias}
+    expected = multi_head_external_attention(x, key, value, **arguments)
+    out = torch.full((2, tokens, num_heads * 20), torch.nan)
+    assert multi_head_external_attention(x, key, value, **arguments, out=out) is out
+    torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-6)
+    if num_heads == 1:
+        buffer = torch.full_like(out, torch.nan)
+        external_attention(x, key, value, memory_value_bias=bias, out=buffer)
+        torch.testing.assert_close(buffer, out, rtol=0, atol=0)
+
+
+def test_a_buffer_is_for_the_result_of_the_eager_form(without_shape_checks):
+    x, key, out = torch.randn(1, 5, 4), torch.randn(3, 4), torch.empty(1, 5, 4)
+    for arguments, message in (
+        ({"return_attention": True}, "result alone"),
+        ({"backend": "reference"}, "for backend='eager', got 'reference'"),
+        ({"out": torch.empty(1, 5, 8)[..., ::2]}, "contiguous"),
+        ({"out": torch.empty(1, 6, 4)}, r"= \(1, 5, 4\), got \(1, 6, 4\)"),
+        ({"out": torch.empty(1, 5, 4, dtype=torch.float64)}, "float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            external_attention(x, key, **{"out": out, **arguments})
+    with pytest.raises(ValueError, match="no_grad"):
+        external_attention(x.requires_grad_(), key, out=out)
 
 
 def test_a_buffer_that_does_not_fit_is_refused(without_shape_checks):

@@ -204,6 +204,7 @@ def external_attention(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     return_attention: bool = False,
     backend: str | None = None,
+    out: Float[Tensor, "batch tokens width"] | None = None,
 ) -> (
     Float[Tensor, "batch tokens value_channels"]
     | tuple[Float[Tensor, "batch tokens value_channels"], Float[Tensor, "batch tokens slots"]]
@@ -222,12 +223,14 @@ def external_attention(
         return_attention: return the map as well.
         backend: a key of :data:`BACKENDS` or :data:`GPU_BACKENDS`; by default "triton" for tensors
             on a GPU that the kernels can take, :data:`DEFAULT_BACKEND` otherwise.
+        out: a contiguous buffer for the result, where no gradients are recorded; the matter of
+            "eager" alone. Fresh memory of many MiB costs as much as the computation.
 
     Returns:
         The result, or the result and the attention map.
 
     Raises:
-        ValueError: shapes, mask, norm, eps or backend do not fit.
+        ValueError: shapes, mask, norm, eps, backend or buffer do not fit.
 
     >>> import torch
     >>> external_attention(torch.zeros(2, 5, 3), torch.ones(4, 3)).shape
@@ -236,7 +239,8 @@ def external_attention(
     _check_operands(x, memory_key, memory_value, 1)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    chosen = _backend(backend, x, memory_key.shape[0])
+    _check_use_of_out(out, backend, return_attention)
+    chosen = _backend("eager" if out is not None else backend, x, memory_key.shape[0])
     if chosen.result_only is not None and not return_attention:
         return chosen.result_only(
             x,
@@ -247,6 +251,7 @@ def external_attention(
             norm=norm,
             eps=eps,
             mask=mask,
+            **({} if out is None else {"out": out}),
         )
     output, attention = chosen.external_attention(
         x,
@@ -274,6 +279,7 @@ def multi_head_external_attention(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     return_attention: bool = False,
     backend: str | None = None,
+    out: Float[Tensor, "batch tokens width"] | None = None,
 ) -> (
     Float[Tensor, "batch tokens width"]
     | tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch heads tokens slots"]]
@@ -296,6 +302,7 @@ def multi_head_external_attention(
         mask: see :func:`external_attention`.
         return_attention: return the map as well.
         backend: a key of :data:`BACKENDS` or :data:`GPU_BACKENDS`.
+        out: see :func:`external_attention`.
 
     >>> import torch
     >>> multi_head_external_attention(torch.zeros(2, 5, 6), torch.ones(4, 3), num_heads=2).shape
@@ -304,7 +311,8 @@ def multi_head_external_attention(
     _check_operands(x, memory_key, memory_value, num_heads)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    chosen = _backend(backend, x, memory_key.shape[0])
+    _check_use_of_out(out, backend, return_attention)
+    chosen = _backend("eager" if out is not None else backend, x, memory_key.shape[0])
     if chosen.result_only is not None and not return_attention:
         return chosen.result_only(
             x,
@@ -316,6 +324,7 @@ def multi_head_external_attention(
             norm=norm,
             eps=eps,
             mask=mask,
+            **({} if out is None else {"out": out}),
         )
     output, attention = chosen.multi_head_external_attention(
         x,
@@ -329,6 +338,16 @@ def multi_head_external_attention(
         mask=mask,
     )
     return (output, attention) if return_attention else output
+
+
+def _check_use_of_out(out: Tensor | None, backend: str | None, return_attention: bool) -> None:
+    """Refuse a buffer together with what has no use for one."""
+    if out is None:
+        return
+    if return_attention:
+        raise ValueError("out takes the result alone: leave out, or return_attention=False")
+    if backend not in (None, "eager"):
+        raise ValueError(f"out is for backend='eager', got {backend!r}")
 
 
 def _check_operands(

@@ -214,7 +214,8 @@ def _exponentials_(logits: Tensor, mask: Tensor | None) -> list[tuple[slice, Ten
     # the largest exponential is 1, so the clamp changes samples without valid tokens alone
     factors /= (torch.cat(sums, dim=2) * factors).sum(2, keepdim=True).clamp_(min=1.0)
     # factors with gaps between them would be multiplied one by one
-    return [(part, factors[:, :, [i]]) for i, part in enumerate(all_parts)]
+    apart = [factors[:, :, i : i + 1].contiguous() for i in range(len(all_parts))]
+    return list(zip(all_parts, apart, strict=True))
 
 
 def _divide_by_slots_(rows: Tensor, eps: float, denominator: Tensor) -> None:

@@ -154,19 +154,20 @@ def result_only(
     norm: Literal["double", "softmax"] = "double",
     eps: float = 1e-9,
     mask: Bool[Tensor, "batch tokens"] | None = None,
+    out: Float[Tensor, "batch tokens width"] | None = None,
 ) -> Float[Tensor, "batch tokens width"]:
     """Compute external attention where nobody wants the map: one head as a block of its own.
 
     Arguments as for :func:`eanet.ops.attention.multi_head_external_attention`.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if out is None and torch.is_autocast_enabled(x.device.type):
         return eager.multi_head_external_attention(
             x, memory_key, memory_value, num_heads=num_heads, memory_key_bias=memory_key_bias,
             memory_value_bias=memory_value_bias, norm=norm, eps=eps, mask=mask,
         )[0]  # fmt: skip
     value = memory_key if memory_value is None else memory_value
     batch, tokens, _ = x.shape
-    if mask is None and _is_little_work(x, memory_key, value, eps):
+    if out is None and mask is None and _is_little_work(x, memory_key, value, eps):
         heads = x if num_heads == 1 else x.reshape(batch, tokens, num_heads, -1)
         logits = F.linear(heads, memory_key, memory_key_bias)
         attention = torch.softmax(logits, dim=1 if norm == "double" else -1)
@@ -180,8 +181,28 @@ def result_only(
     operands = BlockOperands(
         columns, memory_key, value.transpose(0, 1), memory_key_bias, memory_value_bias, None, mask
     )
-    out, _, _ = _by_eager(operands, options, None)
-    return out.transpose(1, 2).reshape(batch, tokens, num_heads * value.shape[1])
+    place = None
+    if out is not None:
+        place = _as_columns(out, (batch, tokens, num_heads * value.shape[1]), num_heads)
+        _check_out(place, operands)
+    result, _, _ = _by_eager(operands, options, place)
+    if out is not None:
+        return out
+    return result.transpose(1, 2).reshape(batch, tokens, num_heads * value.shape[1])
+
+
+def _as_columns(out: Tensor, shape: tuple[int, int, int], num_heads: int) -> Tensor:
+    """View a buffer (batch, tokens, width) as (batch, channels, tokens * heads).
+
+    Raises:
+        ValueError: it has another shape, or gaps.
+    """
+    if tuple(out.shape) != shape or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous, (batch, tokens, width) = {shape}, "
+            f"got {tuple(out.shape)} with strides {out.stride()}"
+        )
+    return out.view(shape[0], shape[1] * num_heads, shape[2] // num_heads).transpose(1, 2)
 
 
 def _is_little_work(x: Tensor, key: Tensor, value: Tensor, eps: float) -> bool:
