@@ -182,27 +182,18 @@ def test_heads_side_by_side_equal_the_reference(tokens, masked, num_heads, norm)
     mask = torch.arange(tokens) < torch.tensor([[tokens - tokens // 3], [0]])
     cotangent = torch.randn(2, tokens, num_heads * 16, dtype=torch.float64)
     found = {}
+    arguments = {
+        "num_heads": num_heads,
+        "memory_key_bias": leaves[3],
+        "memory_value_bias": leaves[4],
+        "norm": norm,
+        "mask": mask if masked else None,
+    }
     for backend in ("reference", "eager"):
-        out = multi_head_external_attention(
-            *leaves[:3],
-            num_heads=num_heads,
-            memory_key_bias=leaves[3],
-            memory_value_bias=leaves[4],
-            norm=norm,
-            mask=mask if masked else None,
-            backend=backend,
-        )
+        out = multi_head_external_attention(*leaves[:3], **arguments, backend=backend)
         found[backend] = [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
         with torch.no_grad():
-            alone = multi_head_external_attention(
-                *leaves[:3],
-                num_heads=num_heads,
-                memory_key_bias=leaves[3],
-                memory_value_bias=leaves[4],
-                norm=norm,
-                mask=mask if masked else None,
-                backend=backend,
-            )
+            alone = multi_head_external_attention(*leaves[:3], **arguments, backend=backend)
         torch.testing.assert_close(alone, out, rtol=1e-12, atol=1e-12)
     for actual, expected in zip(found["eager"], found["reference"], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)

@@ -64,7 +64,7 @@ def test_large_products_go_to_onednn(monkeypatch):
         pytest.skip("PyTorch without oneDNN, or another processor than x86-64")
     monkeypatch.setattr(torch, "mm", None)
     for layout in LAYOUTS[:2]:
-        source = feature_map((1, 64, 20_480), layout)
-        rows = rows_from_map(torch.randn(32, 64), source)
+        source = feature_map((1, 64, 20_000), layout)
+        rows = rows_from_map(torch.randn(16, 64), source)
         sum_over_tokens(rows, source)
-        map_from_rows(torch.randn(64, 32), rows, like=source, base=source)
+        map_from_rows(torch.randn(64, 16), rows, like=source, base=source)

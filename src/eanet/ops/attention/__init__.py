@@ -7,6 +7,7 @@ default for tensors on a GPU.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -204,7 +205,7 @@ def external_attention(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     return_attention: bool = False,
     backend: str | None = None,
-    out: Float[Tensor, "batch tokens width"] | None = None,
+    out: Float[Tensor, "batch tokens value_channels"] | None = None,
 ) -> (
     Float[Tensor, "batch tokens value_channels"]
     | tuple[Float[Tensor, "batch tokens value_channels"], Float[Tensor, "batch tokens slots"]]
@@ -239,8 +240,9 @@ def external_attention(
     _check_operands(x, memory_key, memory_value, 1)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    _check_use_of_out(out, backend, return_attention)
-    chosen = _backend("eager" if out is not None else backend, x, memory_key.shape[0])
+    chosen = _backend(backend, x, memory_key.shape[0])
+    if out is not None:
+        chosen = _eager_into(out, backend, return_attention)
     if chosen.result_only is not None and not return_attention:
         return chosen.result_only(
             x,
@@ -251,7 +253,6 @@ def external_attention(
             norm=norm,
             eps=eps,
             mask=mask,
-            **({} if out is None else {"out": out}),
         )
     output, attention = chosen.external_attention(
         x,
@@ -311,8 +312,9 @@ def multi_head_external_attention(
     _check_operands(x, memory_key, memory_value, num_heads)
     check_norm(norm, eps)
     check_mask(mask, tuple(x.shape[:2]))
-    _check_use_of_out(out, backend, return_attention)
-    chosen = _backend("eager" if out is not None else backend, x, memory_key.shape[0])
+    chosen = _backend(backend, x, memory_key.shape[0])
+    if out is not None:
+        chosen = _eager_into(out, backend, return_attention)
     if chosen.result_only is not None and not return_attention:
         return chosen.result_only(
             x,
@@ -324,7 +326,6 @@ def multi_head_external_attention(
             norm=norm,
             eps=eps,
             mask=mask,
-            **({} if out is None else {"out": out}),
         )
     output, attention = chosen.multi_head_external_attention(
         x,
@@ -340,14 +341,17 @@ def multi_head_external_attention(
     return (output, attention) if return_attention else output
 
 
-def _check_use_of_out(out: Tensor | None, backend: str | None, return_attention: bool) -> None:
-    """Refuse a buffer together with what has no use for one."""
-    if out is None:
-        return
+def _eager_into(out: Tensor, backend: str | None, return_attention: bool) -> Backend:
+    """Return the eager backend with a buffer for its result.
+
+    Raises:
+        ValueError: the map is wanted too, or another backend is asked for.
+    """
     if return_attention:
         raise ValueError("out takes the result alone: leave out, or return_attention=False")
     if backend not in (None, "eager"):
         raise ValueError(f"out is for backend='eager', got {backend!r}")
+    return replace(BACKENDS["eager"], result_only=partial(block.result_only, out=out))
 
 
 def _check_operands(

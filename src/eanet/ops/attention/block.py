@@ -156,7 +156,7 @@ def result_only(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     out: Float[Tensor, "batch tokens width"] | None = None,
 ) -> Float[Tensor, "batch tokens width"]:
-    """Compute external attention where nobody wants the map: one head as a block of its own.
+    """Compute external attention of any number of heads where nobody wants the map.
 
     Arguments as for :func:`eanet.ops.attention.multi_head_external_attention`.
     """

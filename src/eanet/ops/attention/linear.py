@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from eanet.ops.attention.thin_products import sum_over_tokens, uses_onednn
+from eanet.ops.attention.thin_products import multiply, sum_over_tokens, uses_onednn
 
 __all__ = ["LEAST_MACS", "LEAST_MACS_WITH_GRADIENT", "linear"]
 
@@ -35,20 +35,19 @@ def linear(
     elsewhere = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
     if elsewhere or macs < LEAST_MACS:
         return F.linear(tokens, weight, bias)
-    operands = (tokens, weight) if bias is None else (tokens, weight, bias)
-    if uses_onednn(*operands):
+    if uses_onednn(tokens, weight, bias):
         return _by_onednn(tokens, weight, bias)
     with torch.no_grad():
-        worthwhile = macs >= LEAST_MACS_WITH_GRADIENT and uses_onednn(*operands)
+        worthwhile = macs >= LEAST_MACS_WITH_GRADIENT and uses_onednn(tokens, weight, bias)
     if worthwhile:
         return _Linear.apply(tokens, weight, bias)  # pyright: ignore[reportReturnType]
     return F.linear(tokens, weight, bias)
 
 
 def _by_onednn(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # a transposed weight takes up to four times as long as one that is copied first
-    tokens, weight = tokens.contiguous(), weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
+    # a transposed weight takes longer than one that is copied first
+    flat = tokens.contiguous().view(-1, tokens.shape[-1])
+    return multiply(flat, weight.contiguous().t(), bias).view(*tokens.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):

@@ -94,13 +94,14 @@ def parts(length: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + most, length))
 
 
-def uses_onednn(*operands: Tensor) -> bool:
+def uses_onednn(*operands: Tensor | None) -> bool:
     """Tell whether large products of tensors go to oneDNN, whose operator has no gradient."""
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
+    given = [tensor for tensor in operands if tensor is not None]
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     return (
         not recorded
-        and all(tensor.device.type == "cpu" for tensor in operands)
-        and all(tensor.dtype == torch.float32 for tensor in operands)
+        and all(tensor.device.type == "cpu" for tensor in given)
+        and all(tensor.dtype == torch.float32 for tensor in given)
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -122,7 +123,7 @@ def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     macs = left.shape[0] * left.shape[1] * right.shape[1]
     # an operand with gaps would take a path of oneDNN that is orders of magnitude slower
     dense = left.is_contiguous() and (right.is_contiguous() or right.t().is_contiguous())
-    if macs >= _LEAST_MACS_OF_ONEDNN and dense and uses_onednn(left, right):
+    if macs >= _LEAST_MACS_OF_ONEDNN and dense and uses_onednn(left, right, bias):
         return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
 
