@@ -7,6 +7,8 @@ setting changes them. Rates are those of the fastest repetition: a limit is what
 not what is usual.
 """
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,9 @@ CUBE_SIDE = 2048
 TILE_ENTRIES = 1 << 21
 #: bytes that a copy reads, several times any cache
 COPY_BYTES = 1 << 28
+#: calls of microseconds go on at least this long: all of fifty can fall into one moment in which
+#: another process has the core
+LEAST_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -150,21 +155,28 @@ def fastest_seconds(
         call: what to time.
         device: where it computes.
         budget_seconds: stop after this time, but not before three repetitions.
-        most_repeats: stop after as many.
+        most_repeats: stop after as many, but not within the first tenth of a second.
         batch: calls that are timed together; one on a CPU, else ten.
     """
     calls = batch or (1 if device.type == "cpu" else 10)
     for _ in range(2):
         call()
     _wait_for(device)
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget_seconds and len(times) < most_repeats):
+    least_seconds = min(LEAST_SECONDS, budget_seconds)
+    fastest = math.inf
+    spent = 0.0
+    for repeat in itertools.count():
+        long_enough = spent >= (budget_seconds if repeat < most_repeats else least_seconds)
+        if repeat >= 3 and long_enough:
+            return fastest / calls
         start = time.perf_counter()
         for _ in range(calls):
             call()
         _wait_for(device)
-        times.append(time.perf_counter() - start)
-    return min(times) / calls
+        seconds = time.perf_counter() - start
+        fastest = min(fastest, seconds)
+        spent += seconds
+    raise AssertionError("counting does not end")
 
 
 def replayed_seconds(
@@ -183,7 +195,7 @@ def replayed_seconds(
         call: what to time; it must not wait for the GPU.
         device: a GPU.
         budget_seconds: stop after this time, but not before three repetitions.
-        most_repeats: stop after as many.
+        most_repeats: stop after as many, but not within the first tenth of a second.
     """
     calls = 10
     with torch.cuda.device(device):
