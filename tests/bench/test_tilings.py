@@ -9,19 +9,27 @@ from eanet.errors import UserError
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 
 
-def test_candidates_begin_with_what_is_chosen_and_fit_a_program():
+def test_candidates_begin_with_what_is_chosen_and_fit_a_program(monkeypatch):
     launch = pytest.importorskip("eanet.ops.attention.launch", reason="needs Triton")
+    resident = pytest.importorskip("eanet.ops.attention.resident", reason="needs Triton")
+    monkeypatch.setattr(resident, "count_multiprocessors", lambda x: 132)
     x = torch.empty(1, 4096, 512, dtype=torch.bfloat16)
     chosen = launch.choose_tilings(x, 64, 512)
     found = list(tilings.candidates(chosen, x.itemsize))
     assert found[0] == chosen
     assert len(set(found)) == len(found) > 50
-    for candidate in found[1:]:
+    general = [candidate for candidate in found[1:] if candidate.resident is None]
+    holding = [candidate for candidate in found[1:] if candidate.resident is not None]
+    assert min(len(general), len(holding)) > 20
+    for candidate in general:
         tile = candidate.mix
         # tiles of tokens and of a memory on their way, within the shared memory of a program
         num_bytes = (tile.block_tokens + 64) * tile.block_channels * x.itemsize * tile.num_stages
         assert num_bytes <= 232_448
         assert candidate.key_gradient == candidate.statistics == tile
+    for candidate in holding:
+        assert candidate.mix == chosen.mix
+        assert candidate.resident.value_side == candidate.resident.exponentials
 
 
 @without_gpu

@@ -3,6 +3,7 @@
 Run by ``make test-gpu``.
 """
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -17,10 +18,12 @@ from eanet.ops.attention import custom_op, external_attention
 from tests.ops.attention.kernel_cases import (
     CASES,
     MUTANTS,
+    RESIDENT_CASES,
     Case,
     check,
     check_dropout,
     check_masked_tokens_beside_small_logits,
+    check_resident,
     mutant,
     operands,
     with_map,
@@ -38,6 +41,11 @@ def gpu():
     assert not kernels.INTERPRETED, "unset TRITON_INTERPRET: it would run the kernels on the CPU"
     # float32 keeps its digits in the plain products that the kernels are compared with
     torch.backends.cuda.matmul.allow_tf32 = False
+    # the first product of the thread that runs backward passes warns that it makes a context
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
+        matrix = torch.ones(2, 2, device="cuda", requires_grad=True)
+        (matrix @ matrix).sum().backward()
     return torch.device("cuda")
 
 
@@ -51,6 +59,13 @@ def needs_memory(gibibytes):
 def test_kernels_equal_the_equations(case, gpu):
     # more samples than on a CPU: the largest error of few elements is a matter of luck
     check(replace(case, batch=max(case.batch, 8)), gpu)
+
+
+@pytest.mark.parametrize("case", RESIDENT_CASES, ids=str)
+def test_kernels_that_hold_a_memory_equal_the_equations(case, gpu, monkeypatch):
+    check_resident(case, gpu, monkeypatch)
+    wide = {"channels": 300, "value_channels": 300, "slots": 64, "tokens": 5000}
+    check_resident(replace(case, **wide), gpu, monkeypatch)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

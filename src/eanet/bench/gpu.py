@@ -8,7 +8,7 @@
 2. *Sweep*: the kernels beside the eager path and ``torch.compile`` of the eager path, from few
    tokens to a million, in inference and in a training step; as called from Python, and replayed
    from a CUDA graph, which is the time of the GPU alone.
-3. *Contenders*: ``eanet bench ops`` on the GPU, with what is left of the time.
+3. *Contenders*: ``eanet bench ops`` on the GPU, if a minute is left.
 
 Figures are written after each part, so that a run that is cut off leaves what it had.
 
@@ -55,6 +55,8 @@ SWEEP = (
     (1, 1024, 256),
     (1, 262_144, 256),
 )
+#: what the third part takes about
+CONTENDERS_SECONDS = 60
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -260,6 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("results/benchmarks"), metavar="FOLDER",
         help="where gpu.json, gpu.md, gpu-ops.json and plots go (default: results/benchmarks)",
     )  # fmt: skip
+    parser.add_argument(
+        "--without-contenders", action="store_true", help="leave out 'eanet bench ops'"
+    )
     options = parser.parse_args(argv)
     if options.minutes <= 0:
         raise UserError(f"--minutes must be above 0, got {options.minutes}")
@@ -286,12 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _keep(options.out, report, text)
     report["sweep"] = compare_with_compiled(
-        device=device, deadline=time.monotonic() + 30 * options.minutes, progress=progress
+        device=device, deadline=deadline - CONTENDERS_SECONDS, progress=progress
     )
     text += f"\n{format_sweep(report['sweep'])}\n"
     _keep(options.out, report, text)
     sys.stdout.write(text)
-    if time.monotonic() < deadline - 60:
+    if not options.without_contenders and time.monotonic() < deadline - CONTENDERS_SECONDS:
         ops.main([
             "--device", options.device, "--dtype", "bfloat16", "--max-seconds", "0.5",
             "--rounds", "3", "--json", str(options.out / "gpu-ops.json"),

@@ -29,9 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = ["candidates", "main", "time_kernels"]
 
-KERNELS = ("token_statistics", "mix", "attention_gradient", "key_gradient", "value_gradient")
-#: the part of Tilings that a kernel takes its tiling from, where it is not called like the kernel
-PARTS = {"token_statistics": "statistics"}
+#: where each kernel has its tiling; dots lead into a part of Tilings
+PLACES = {
+    "token_statistics": "statistics",
+    "mix": "mix",
+    "attention_gradient": "attention_gradient",
+    "key_gradient": "key_gradient",
+    "value_gradient": "value_gradient",
+    "slot_exponentials": "resident.exponentials",
+    "value_side": "resident.value_side",
+    "key_side": "resident.key_side",
+}
 REPEATS = 10
 
 
@@ -42,9 +50,16 @@ def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
         chosen: of :func:`eanet.ops.attention.launch.choose_tilings`.
         itemsize: bytes of a channel.
     """
+    yield chosen
+    yield from _general_candidates(replace(chosen, resident=None), itemsize)
+    if chosen.resident is not None:
+        yield from _resident_candidates(chosen)
+
+
+def _general_candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
+    """Yield tilings of the kernels that take channels tile by tile."""
     from eanet.ops.attention.launch import Tiling
 
-    yield chosen
     sizes = itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (2, 3, 4))
     for block_tokens, block_channels, num_warps, num_stages in sizes:
         tile_bytes = (block_tokens + 64) * block_channels * itemsize
@@ -63,6 +78,39 @@ def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
                 value_gradient=tiling,
                 num_programs=chosen.num_programs // factor,
             )
+
+
+def _resident_candidates(chosen: "Tilings") -> Iterator["Tilings"]:
+    """Yield tilings of the kernels that hold a memory on chip."""
+    resident = chosen.resident
+    assert resident is not None
+    width = resident.value_side.block_channels
+    sizes = itertools.product((32, 64), (4, 8), (2, 3, 4))
+    for block_tokens, num_warps, num_stages in sizes:
+        whole = replace(
+            resident.value_side,
+            block_tokens=block_tokens,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        for block_channels in (64, 128, 256):
+            yield replace(
+                chosen,
+                resident=replace(
+                    resident,
+                    exponentials=whole,
+                    value_side=whole,
+                    key_side=replace(whole, block_channels=min(width, block_channels)),
+                ),
+            )
+
+
+def _tiling_of(tilings: "Tilings", kernel: str) -> dict[str, Any]:
+    """Return the tiling of a kernel as JSON values; nothing for what is not one of the kernels."""
+    tiling: Any = tilings
+    for name in PLACES[kernel].split(".") if kernel in PLACES else ():
+        tiling = getattr(tiling, name)
+    return vars(tiling) if kernel in PLACES else {}
 
 
 def _operands(
@@ -92,7 +140,8 @@ def _run(x: Tensor, memory: Tensor, grad_out: Tensor, tilings: "Tilings") -> Non
     )  # fmt: skip
     launch.backward(
         grad_out, None, x, memory, memory, None, None, None, statistics, problem,
-        kept=(attention, denominator), grad_x=out, tilings=tilings,
+        kept=(attention, denominator), with_value_bias=False, grad_x=out,
+        grad_memories=x.new_empty(2 * memory.numel() + memory.shape[1]), tilings=tilings,
     )  # fmt: skip
 
 
@@ -119,7 +168,7 @@ def time_kernels(operands: Sequence[Tensor], tilings: "Tilings") -> dict[str, fl
         torch.cuda.synchronize()
     found: dict[str, float] = {}
     for event in profile.key_averages():
-        name = event.key if event.key in KERNELS else "other"
+        name = event.key if event.key in PLACES else "other"
         found[name] = found.get(name, 0.0) + event.self_device_time_total * 1e-6 / REPEATS
     return found
 
@@ -163,12 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress(f"left out {tilings.mix}: {problem}")
             continue
         for kernel, seconds in time_kernels(operands, tilings).items():
-            tiling = vars(getattr(tilings, PARTS.get(kernel, kernel))) if kernel in KERNELS else {}
-            extra = {"num_programs": tilings.num_programs}
             figures.append({
-                "kernel": kernel, "seconds": seconds, "chosen": index == 0, **tiling, **extra,
+                "kernel": kernel, "seconds": seconds, "chosen": index == 0,
+                **_tiling_of(tilings, kernel), "num_programs": tilings.num_programs,
             })  # fmt: skip
-    for kernel in (*KERNELS, "other"):
+    for kernel in (*PLACES, "other"):
         rows = sorted(
             (entry for entry in figures if entry["kernel"] == kernel),
             key=lambda entry: entry["seconds"],

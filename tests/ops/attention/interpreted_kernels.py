@@ -22,18 +22,23 @@ from eanet.ops.attention import (
     custom_op,
     eager,
     external_attention,
+    kernel_tiles,
     kernels,
     launch,
     multi_head_external_attention,
     reference,
+    resident,
 )
+from eanet.ops.attention.tiling import split_tokens
 from tests.ops.attention.kernel_cases import (
     CASES,
     MUTANTS,
+    RESIDENT_CASES,
     Case,
     check,
     check_dropout,
     check_masked_tokens_beside_small_logits,
+    check_resident,
     mutant,
     operands,
     run,
@@ -64,6 +69,13 @@ def test_kernels_equal_the_equations(case):
     check(case, CPU)
 
 
+@pytest.mark.parametrize("case", RESIDENT_CASES, ids=str)
+def test_kernels_that_hold_a_memory_equal_the_equations(case, monkeypatch):
+    # parts of several tiles, in a time that the interpreter can do
+    monkeypatch.setattr(resident, "count_multiprocessors", lambda x: 6)
+    check_resident(replace(case, tokens=300), CPU, monkeypatch)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_comparison_notices(name):
     case, changes = MUTANTS[name]
@@ -86,7 +98,7 @@ def test_parts_add_up_to_the_whole(monkeypatch, case):
     case = same_on_another_tiling(case)
     if case.residual:
         case = Case(**{**vars(case), "value_channels": case.channels})
-    assert launch._split_tokens(case.tokens, 2, 16)[0] > 1
+    assert split_tokens(case.tokens, 2, 16)[0] > 1
     check(case, CPU)
 
 
@@ -97,10 +109,10 @@ def combine(
 ):  # fmt: skip
     """Run what the last part of a pair runs."""
     pair = tl.program_id(0)
-    largest, total = kernels._combine_parts(
+    largest, total = kernel_tiles.combine_parts(
         partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
     )
-    kernels._store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
+    kernel_tiles.store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
 
 
 def test_more_parts_than_a_tile_holds():

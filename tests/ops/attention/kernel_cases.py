@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from eanet.ops.attention import custom_op, eager, reference
+from eanet.ops.attention import custom_op, eager, reference, resident
 
 NAMES = ("x", "memory_key", "memory_value", "memory_key_bias", "memory_value_bias")
 
@@ -82,6 +82,23 @@ CASES = [
     Case(slots=5, channels=40, tokens=300, scale=25.0, dtype=torch.float16, layout="tokens last"),
     *both_norms(residual=True, value_channels=12, heads=4, batch=1, mask="padded"),
     Case(residual=True, value_channels=12, layout="tokens last", dtype=torch.bfloat16),
+]
+
+#: what the kernels that hold a memory on chip take: bfloat16, the double normalization, few slots
+RESIDENT = {
+    "dtype": torch.bfloat16, "tokens": 1100, "channels": 40, "value_channels": 40,
+}  # fmt: skip
+RESIDENT_CASES = [
+    Case(**RESIDENT),
+    Case(**RESIDENT, biases=False, batch=1),
+    Case(**RESIDENT, mask="padded", layout="tokens last"),
+    Case(**RESIDENT, mask="sample empty", heads=2, layout="sliced"),
+    Case(**RESIDENT, mask="all empty"),
+    Case(**RESIDENT, mask="padded", residual=True),
+    Case(**RESIDENT, residual=True, layout="tokens last", batch=3, biases=False),
+    Case(**RESIDENT, scale=25.0, batch=4),
+    Case(**RESIDENT, eps=0.01),
+    Case(**RESIDENT | {"channels": 64, "value_channels": 64}, slots=16, tied=True),
 ]
 
 
@@ -189,6 +206,25 @@ def check(case, device, function=with_map):
         )
         allowed = allowed_error(plain_error, scale, case.dtype)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e} ({case})"
+
+
+def check_resident(case, device, monkeypatch):
+    """Compare as :func:`check` does, and see that the kernels that hold a memory were used."""
+    used = []
+
+    def spied(name, launch):
+        def spy(*args, **options):
+            used.append(name)
+            return launch(*args, **options)
+
+        return spy
+
+    with monkeypatch.context() as patch:
+        for name in ("keep_exponentials", "backward"):
+            patch.setattr(resident, name, spied(name, getattr(resident, name)))
+        check(case, device)
+    forward = [] if case.layout == "tokens last" else ["keep_exponentials"]
+    assert used == [*forward, "backward"]
 
 
 def check_dropout(case, device, probability):

@@ -99,10 +99,11 @@ def test_kernels_compile_for_a_gpu(compiled, token_dtype, norm, channels, slots,
     )
     launch.backward(
         x, attention, x, key, key, biases[0], mask, seed, statistics, problem,
-        grad_x=torch.zeros_like(x),
+        grad_x=torch.zeros_like(x), grad_memories=torch.zeros(2 * key.numel() + channels),
+        grad_key_bias=None if plain else torch.zeros(slots),
     )  # fmt: skip
 
-    expected = {"mix", "attention_gradient", "key_gradient", "value_gradient"}
+    expected = {"mix", "attention_gradient", "key_gradient", "value_gradient", "add_parts"}
     if norm == "double":
         expected.add("token_statistics")
     assert compiled.keys() == expected

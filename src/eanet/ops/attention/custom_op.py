@@ -9,11 +9,12 @@ tokens to the type of an active autocast region; memories and biases may stay fl
 """
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn import Parameter
 
 from eanet.ops.attention import eager
 
@@ -86,8 +87,7 @@ def _new_tokens(x: Tensor, width: int) -> Tensor:
     return x.new_empty((batch, num_tokens, width))
 
 
-@torch.library.custom_op("eanet::external_attention", mutates_args=())
-def _forward(
+def _compute_forward(
     x: Tensor,
     memory_key: Tensor,
     memory_value: Tensor,
@@ -130,6 +130,9 @@ def _forward(
         denominator=denominator if denominator.numel() else None,
     )
     return out, attention, statistics if found is None else found, denominator
+
+
+_forward = torch.library.custom_op("eanet::external_attention", _compute_forward, mutates_args=())
 
 
 def _allocate(
@@ -177,8 +180,7 @@ def _(
     return _allocate(x, memory_key, memory_value, num_heads, norm, with_attention, with_denominator)
 
 
-@torch.library.custom_op("eanet::external_attention_backward", mutates_args=())
-def _backward(
+def _compute_backward(
     grad_out: Tensor,
     grad_attention: Tensor | None,
     x: Tensor,
@@ -195,18 +197,20 @@ def _backward(
     eps: float,
     dropout: float,
     residual: bool,
+    with_value_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of x, in its type, and in float32 those that are sums over tokens.
+    """Return the gradient of x, and those that are sums over tokens.
 
     They are those of both memories and of the value bias side by side, and of the key bias.
     """
     launch = _launch_for(x)
-    gradients = _allocate_gradients(x, memory_key, memory_value)
+    gradients = _allocate_gradients(x, memory_key, memory_value, memory_key_bias)
+    grad_x, grad_memories, grad_key_bias = gradients
     if x.numel() == 0 or grad_out.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    sums, key_bias = launch.backward(
+    launch.backward(
         grad_out,
         grad_attention,
         x,
@@ -218,20 +222,29 @@ def _backward(
         statistics if norm == "double" else None,
         launch.Problem(num_heads, norm, eps, dropout, residual),
         kept=None if attention is None or denominator is None else (attention, denominator),
-        grad_x=gradients[0],
+        with_value_bias=with_value_bias,
+        grad_x=grad_x,
+        grad_memories=grad_memories,
+        grad_key_bias=None if memory_key_bias is None else grad_key_bias,
     )
-    return gradients[0], sums, key_bias
+    return gradients
+
+
+_backward = torch.library.custom_op(
+    "eanet::external_attention_backward", _compute_backward, mutates_args=()
+)
 
 
 def _allocate_gradients(
-    x: Tensor, memory_key: Tensor, memory_value: Tensor
+    x: Tensor, memory_key: Tensor, memory_value: Tensor, memory_key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the outputs of the backward operator."""
+    """Allocate the outputs of the backward operator, sums in the type that both memories have."""
     num_sums = memory_key.numel() + memory_value.numel() + memory_value.shape[1]
+    dtype = torch.promote_types(memory_key.dtype, memory_value.dtype)
     return (
         _new_tokens(x, x.shape[2]),
-        x.new_empty((num_sums,), dtype=torch.float32),
-        x.new_empty(memory_key.shape[:1], dtype=torch.float32),
+        x.new_empty((num_sums,), dtype=dtype),
+        x.new_empty((0 if memory_key_bias is None else memory_key.shape[0],), dtype=torch.float32),
     )
 
 
@@ -253,8 +266,9 @@ def _(
     eps: float,
     dropout: float,
     residual: bool,
+    with_value_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(x, memory_key, memory_value)
+    return _allocate_gradients(x, memory_key, memory_value, memory_key_bias)
 
 
 def _setup_context(
@@ -280,10 +294,13 @@ def _differentiate(
         grad_out = x.new_zeros((*x.shape[:2], num_heads * memory_value.shape[1]))
     if grad_attention is not None and grad_attention.numel() == 0:
         grad_attention = None
-    grad_x, sums, grad_key_bias = _backward(
+    compute: Any = _compute_backward if _is_plain(grad_out, grad_attention, x) else _backward
+    grad_x, sums, grad_key_bias = cast(
+        "tuple[Tensor, Tensor, Tensor]",
+        compute(
         grad_out, grad_attention, x, memory_key, memory_value, key_bias, mask, seed, *kept,
-        *ctx.options,
-    )  # fmt: skip
+        *ctx.options, value_bias is not None,
+    ))  # fmt: skip
     shapes = (memory_key.shape, memory_value.shape, memory_value.shape[1:])
     parts = torch.split(sums, [shape.numel() for shape in shapes])
     grad_key, grad_value, grad_value_bias = (
@@ -333,6 +350,27 @@ def _differentiate_twice(
 _forward.register_autograd(  # pyright: ignore[reportUnknownMemberType]
     _differentiate, setup_context=_setup_context
 )
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without its registration, which costs more than a kernel of few tokens."""
+
+    forward = staticmethod(_compute_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Tell whether these are tensors with memory of their own, and nobody traces what is done.
+
+    Tracers, fake tensors, ``torch.func`` and modes that count or record need the operator.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
+        and all(tensor is None or type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    )
 
 
 def _needs_gradient(*operands: Tensor | None) -> bool:
@@ -398,15 +436,17 @@ def fused_external_attention(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     # the map spares the backward pass a reading of x, where it is small beside x
-    keeps = memory_key.shape[0] * 4 <= memory_key.shape[1] and _needs_gradient(
-        x, memory_key, values, memory_key_bias, memory_value_bias
-    )
-    out, attention, _, _ = _forward(
-        x,
-        memory_key,
-        values,
-        memory_key_bias,
-        memory_value_bias,
+    operands = (x, memory_key, values, memory_key_bias, memory_value_bias)
+    differentiable = _needs_gradient(*operands)
+    keeps = memory_key.shape[0] * 4 <= memory_key.shape[1] and differentiable
+    if not _is_plain(*operands, mask, seed):
+        compute = _forward
+    elif differentiable:
+        compute = _Direct.apply
+    else:
+        compute = _compute_forward
+    out, attention, _, _ = compute(
+        *operands,
         mask,
         seed,
         num_heads,

@@ -27,7 +27,7 @@ from eanet.ops.attention.kernel_tiles import (
     valid_tokens,
 )
 
-__all__ = ["attention_gradient", "key_gradient", "value_gradient"]
+__all__ = ["add_parts", "attention_gradient", "key_gradient", "value_gradient"]
 
 
 @triton.jit
@@ -356,3 +356,28 @@ def value_gradient(
         mask=(slots < num_slots)[:, None] & exists[None, :],
     )
     tl.store(partial_bias + run * stride_run + channels, bias_total, mask=exists)
+
+
+@triton.jit
+@no_type_check
+def add_parts(
+    partial,  # (num_parts, length)
+    sums,  # (length)
+    num_parts,
+    length,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the parts of a sum, always in the same order."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK_PARTS, BLOCK], dtype=tl.float32)
+    # nearly always one round: all parts are asked for at a time
+    for first in range(0, num_parts, BLOCK_PARTS):
+        parts = first + tl.arange(0, BLOCK_PARTS)
+        total += tl.load(
+            partial + parts[:, None] * length + columns[None, :],
+            mask=(parts < num_parts)[:, None] & (columns < length)[None, :],
+            other=0.0,
+        )
+    total = tl.sum(total, axis=0).to(sums.dtype.element_ty)
+    tl.store(sums + columns, total, mask=columns < length)

@@ -14,15 +14,22 @@ import triton.language as tl
 
 __all__ = [
     "INTERPRETED",
+    "add_part_to_pair",
+    "combine_parts",
     "dot",
     "dropout_factors",
     "exp",
+    "finish_statistics",
+    "finite",
+    "join_statistics",
     "load_slots",
     "map_inside",
     "map_pointers",
     "normalize",
+    "store_statistics",
     "tile_pointers",
     "tile_product",
+    "tile_statistics",
     "valid_tokens",
 ]
 
@@ -153,6 +160,119 @@ def load_slots(vector, num_slots, other, BLOCK_S: tl.constexpr):
     """Load a vector over the slots as float32, [BLOCK_S]."""
     slots = tl.arange(0, BLOCK_S)
     return tl.load(vector + slots, mask=slots < num_slots, other=other).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def finite(largest):
+    """Return largest logits to subtract; 0 for a set without valid tokens, which has -inf."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
+@no_type_check
+def join_statistics(largest, total, other_largest, other_total):
+    """Join the largest logit and the sum of exponentials of two sets of tokens.
+
+    A set without valid tokens has -inf and 0, and changes nothing.
+    """
+    joined = tl.maximum(largest, other_largest)
+    reference = finite(joined)
+    total = total * exp(largest - reference) + other_total * exp(other_largest - reference)
+    return joined, total
+
+
+@triton.jit
+@no_type_check
+def tile_statistics(logits, valid):
+    """Return per slot the largest logit and the sum of exponentials of a tile, and those.
+
+    The exponentials [BLOCK_N, BLOCK_S] are of what is left when the largest logit is taken away.
+    """
+    logits = tl.where(valid[:, None], logits, float("-inf"))
+    largest = tl.max(logits, axis=0)
+    exponentials = exp(logits - finite(largest)[None, :])
+    return largest, tl.sum(exponentials, axis=0), exponentials
+
+
+@triton.jit
+@no_type_check
+def finish_statistics(largest, total):
+    """Give zeros to a pair without valid tokens; the sum of another is at least 1 already."""
+    return finite(largest), tl.maximum(total, 1.0)
+
+
+@triton.jit
+@no_type_check
+def store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S: tl.constexpr):
+    """Store the statistics of a pair in (2, num_pairs, S)."""
+    slots = tl.arange(0, BLOCK_S)
+    exists = slots < num_slots
+    tl.store(statistics + pair * num_slots + slots, largest, mask=exists)
+    tl.store(statistics + (num_pairs + pair) * num_slots + slots, total, mask=exists)
+
+
+@triton.jit
+@no_type_check
+def combine_parts(
+    partial,  # (2, B * H * num_splits, S)
+    pair,
+    num_pairs,
+    num_slots,
+    num_splits,
+    BLOCK_S: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Join the statistics of all parts of a pair, in the same order whoever does it."""
+    slots = tl.arange(0, BLOCK_S)
+    slot_exists = slots < num_slots
+    partial_sums = partial + num_pairs * num_splits * num_slots
+    largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_S], dtype=tl.float32)
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        splits = first + tl.arange(0, BLOCK_SPLITS)
+        exists = (splits < num_splits)[:, None] & slot_exists[None, :]
+        position = (pair * num_splits + splits[:, None]) * num_slots + slots[None, :]
+        # written by other programs of this launch: not to be read from the cache of this one
+        tile_largest = tl.load(
+            partial + position, mask=exists, other=float("-inf"), cache_modifier=".cg"
+        )
+        tile_total = tl.load(partial_sums + position, mask=exists, other=0.0, cache_modifier=".cg")
+        block_largest = tl.max(tile_largest, axis=0)
+        exponentials = exp(tile_largest - finite(block_largest)[None, :])
+        block_total = tl.sum(tile_total * exponentials, axis=0)
+        largest, total = join_statistics(largest, total, block_largest, block_total)
+    return finish_statistics(largest, total)
+
+
+@triton.jit
+@no_type_check
+def add_part_to_pair(
+    largest,
+    total,
+    partial,  # (2, B * H * num_splits, S)
+    statistics,  # (2, B * H, S)
+    parts_done,  # (B * H)
+    pair,
+    split,
+    num_pairs,
+    num_slots,
+    num_splits,
+    BLOCK_S: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Store the statistics of a part; the program that is last of its pair joins its parts."""
+    store_statistics(
+        partial, largest, total, pair * num_splits + split, num_pairs * num_splits, num_slots,
+        BLOCK_S,
+    )  # fmt: skip
+    # all threads have written before one of them says so
+    tl.debug_barrier()
+    if tl.atomic_add(parts_done + pair, 1, sem="acq_rel") == num_splits - 1:
+        largest, total = combine_parts(
+            partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
+        )
+        store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
 
 
 @triton.jit

@@ -12,8 +12,13 @@ Forward, two passes over the tokens::
     1  token_statistics  logits; largest logit and sum of exponentials per slot
     2  mix               normalize over the slots, times M_v, bias, mask, residual
 
-The second pass reads the logits where they are smaller than the tokens, and x again where not. The
-backward pass is in ``gradient_kernels.py``.
+The second pass reads what the first one kept where that is smaller than the tokens, and x again
+where not: logits in float32, or with tokens of bfloat16 E = exp(L - largest logit of the tile) in
+bfloat16, with the rounding that the attention gets anyway before it is multiplied. An exponential
+below the smallest number is 0; beside an eps of usual size it does not count, see ``launch.py``.
+
+The backward pass is in ``gradient_kernels.py``; kernels for some layouts that hold a whole memory
+on chip are in ``resident_kernels.py``.
 
 Sums over tokens are taken in parts, one for each program, and added afterwards in a fixed order.
 There are no atomic additions, so a result repeats to the bit on the same device and shape.
@@ -29,15 +34,19 @@ import triton.language as tl
 
 from eanet.ops.attention.kernel_tiles import (
     INTERPRETED,
+    add_part_to_pair,
     dot,
     dropout_factors,
-    exp,
+    finish_statistics,
+    join_statistics,
     load_slots,
     map_inside,
     map_pointers,
     normalize,
+    store_statistics,
     tile_pointers,
     tile_product,
+    tile_statistics,
     valid_tokens,
 )
 
@@ -46,87 +55,12 @@ __all__ = ["INTERPRETED", "mix", "token_statistics"]
 
 @triton.jit
 @no_type_check
-def _join_statistics(largest, total, other_largest, other_total):
-    """Join the largest logit and the sum of exponentials of two sets of tokens.
-
-    A set without valid tokens has -inf and 0, and changes nothing.
-    """
-    joined = tl.maximum(largest, other_largest)
-    # where neither has a token, -inf - -inf would be no number
-    reference = tl.where(joined == float("-inf"), 0.0, joined)
-    total = total * exp(largest - reference) + other_total * exp(other_largest - reference)
-    return joined, total
-
-
-@triton.jit
-@no_type_check
-def _tile_statistics(logits, valid):
-    """Return the largest logit and the sum of exponentials of a tile per slot, [BLOCK_S] each."""
-    logits = tl.where(valid[:, None], logits, float("-inf"))
-    largest = tl.max(logits, axis=0)
-    reference = tl.where(largest == float("-inf"), 0.0, largest)
-    return largest, tl.sum(exp(logits - reference[None, :]), axis=0)
-
-
-@triton.jit
-@no_type_check
-def _finish_statistics(largest, total):
-    """Give zeros to a pair without valid tokens; the sum of another is at least 1 already."""
-    return tl.where(largest == float("-inf"), 0.0, largest), tl.maximum(total, 1.0)
-
-
-@triton.jit
-@no_type_check
-def _store_statistics(
-    statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S: tl.constexpr
-):
-    """Store the statistics of a pair in (2, num_pairs, S)."""
-    slots = tl.arange(0, BLOCK_S)
-    exists = slots < num_slots
-    tl.store(statistics + pair * num_slots + slots, largest, mask=exists)
-    tl.store(statistics + (num_pairs + pair) * num_slots + slots, total, mask=exists)
-
-
-@triton.jit
-@no_type_check
-def _combine_parts(
-    partial,  # (2, B * H * num_splits, S)
-    pair,
-    num_pairs,
-    num_slots,
-    num_splits,
-    BLOCK_S: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """Join the statistics of all parts of a pair, in the same order whoever does it."""
-    slots = tl.arange(0, BLOCK_S)
-    slot_exists = slots < num_slots
-    partial_sums = partial + num_pairs * num_splits * num_slots
-    largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_S], dtype=tl.float32)
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        splits = first + tl.arange(0, BLOCK_SPLITS)
-        exists = (splits < num_splits)[:, None] & slot_exists[None, :]
-        position = (pair * num_splits + splits[:, None]) * num_slots + slots[None, :]
-        # written by other programs of this launch: not to be read from the cache of this one
-        tile_largest = tl.load(
-            partial + position, mask=exists, other=float("-inf"), cache_modifier=".cg"
-        )
-        tile_total = tl.load(partial_sums + position, mask=exists, other=0.0, cache_modifier=".cg")
-        block_largest = tl.max(tile_largest, axis=0)
-        reference = tl.where(block_largest == float("-inf"), 0.0, block_largest)
-        block_total = tl.sum(tile_total * exp(tile_largest - reference[None, :]), axis=0)
-        largest, total = _join_statistics(largest, total, block_largest, block_total)
-    return _finish_statistics(largest, total)
-
-
-@triton.jit
-@no_type_check
 def token_statistics(
     x,  # (B, N, H * C), any strides
     memory_key,  # (S, C)
     mask,  # (B, N) or None
-    kept_logits,  # (B * H, N, S) float32 to be written, or None
+    kept,  # (B * H, N, S) to be written, or None: logits, or where largest_of_tiles, exponentials
+    largest_of_tiles,  # (B * H, num_blocks, S) to be written, or None
     partial,  # (2, B * H * num_splits, S): largest logit, sum of exponentials
     statistics,  # (2, B * H, S): the same of all tokens
     parts_done,  # (B * H) zeros
@@ -167,25 +101,24 @@ def token_statistics(
             rows, memory_key, start, valid, stride_n, stride_c, num_slots, num_channels,
             BLOCK_N, BLOCK_S, BLOCK_C, LONG,
         )  # fmt: skip
-        if kept_logits is not None:
+        tile_largest, tile_total, exponentials = tile_statistics(logits, valid)
+        if kept is not None:
             tl.store(
-                map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
-                logits,
+                map_pointers(kept, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+                (logits if largest_of_tiles is None else exponentials).to(kept.dtype.element_ty),
                 mask=map_inside(tokens, last, num_slots, BLOCK_S),
             )
-        tile_largest, tile_total = _tile_statistics(logits, valid)
-        largest, total = _join_statistics(largest, total, tile_largest, tile_total)
-    _store_statistics(
-        partial, largest, total, pair * num_splits + split, num_pairs * num_splits, num_slots,
-        BLOCK_S,
+        if largest_of_tiles is not None:
+            block = pair * tl.cdiv(num_tokens, BLOCK_N) + start // BLOCK_N
+            slots = tl.arange(0, BLOCK_S)
+            tl.store(
+                largest_of_tiles + block * num_slots + slots, tile_largest, mask=slots < num_slots
+            )
+        largest, total = join_statistics(largest, total, tile_largest, tile_total)
+    add_part_to_pair(
+        largest, total, partial, statistics, parts_done, pair, split, num_pairs, num_slots,
+        num_splits, BLOCK_S, BLOCK_SPLITS,
     )  # fmt: skip
-    # all threads have written before one of them says so
-    tl.debug_barrier()
-    if tl.atomic_add(parts_done + pair, 1, sem="acq_rel") == num_splits - 1:
-        largest, total = _combine_parts(
-            partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
-        )
-        _store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
 
 
 @triton.jit
@@ -259,13 +192,44 @@ def _statistics_of_block(
     largest = tl.zeros([BLOCK_S], dtype=tl.float32)
     sums = largest
     if ALONE:
-        largest, sums = _tile_statistics(logits, valid)
-        largest, sums = _finish_statistics(largest, sums)
-        _store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
+        largest, sums, _ = tile_statistics(logits, valid)
+        largest, sums = finish_statistics(largest, sums)
+        store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
     elif DOUBLE:
         largest = load_slots(statistics + pair * num_slots, num_slots, 0.0, BLOCK_S)
         sums = load_slots(statistics + (num_pairs + pair) * num_slots, num_slots, 1.0, BLOCK_S)
     return largest, sums
+
+
+@triton.jit
+@no_type_check
+def _normalize_exponentials(
+    exponentials,  # [BLOCK_N, BLOCK_S]
+    largest_of_tiles,
+    largest,  # [BLOCK_S]
+    sums,  # [BLOCK_S]
+    pair,
+    start,
+    num_tokens,
+    num_slots,
+    tokens_of_tile,
+    log_eps,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Return attention and denominator as ``normalize`` does, of exponentials kept by tiles."""
+    slots = tl.arange(0, BLOCK_S)
+    tokens = start + tl.arange(0, BLOCK_N)
+    tiles = pair * tl.cdiv(num_tokens, tokens_of_tile) + tokens // tokens_of_tile
+    # the tokens of one tile find the same numbers in the cache
+    tile_largest = tl.load(
+        largest_of_tiles + tiles[:, None] * num_slots + slots[None, :],
+        mask=(tokens < num_tokens)[:, None] & (slots < num_slots)[None, :],
+        other=float("-inf"),
+    )
+    weights = exponentials * tl.exp(tile_largest - largest[None, :]) / sums[None, :]
+    denominator = tl.sum(weights, axis=1) + tl.exp(log_eps)
+    return weights / denominator[:, None], denominator
 
 
 @triton.jit
@@ -278,7 +242,8 @@ def mix(
     value_bias,  # (V) or None
     mask,  # (B, N) or None
     seed,  # (1) or None
-    kept_logits,  # (B * H, N, S) float32, or None where they are computed here
+    kept,  # (B * H, N, S), or None where logits are computed here; see token_statistics
+    largest_of_tiles,  # (B * H, num_tiles, S) or None
     statistics,  # (2, B * H, S) or None; read, or written where ALONE
     out,  # (B, N, H * V), any strides
     attention_out,  # (B, H, N, S) or None
@@ -296,6 +261,7 @@ def mix(
     stride_on,
     stride_oc,
     num_blocks,
+    tokens_of_tile,
     log_eps,
     dropout,
     BLOCK_N: tl.constexpr,
@@ -321,12 +287,12 @@ def mix(
     valid = valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
     rows = x + sample * stride_xb + head * num_channels * stride_xc
     inside_map = map_inside(tokens, num_tokens, num_slots, BLOCK_S)
-    if kept_logits is not None:
+    if kept is not None:
         logits = tl.load(
-            map_pointers(kept_logits, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
+            map_pointers(kept, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
             mask=inside_map,
             other=0.0,
-        )
+        ).to(tl.float32)
     else:
         logits = tile_product(
             rows, memory_key, start, valid, stride_xn, stride_xc, num_slots, num_channels,
@@ -335,9 +301,15 @@ def mix(
     largest, sums = _statistics_of_block(
         logits, valid, statistics, pair, num_pairs, num_slots, BLOCK_S, DOUBLE, ALONE
     )
-    attention, denominator = normalize(
-        logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
-    )
+    if largest_of_tiles is not None:
+        attention, denominator = _normalize_exponentials(
+            logits, largest_of_tiles, largest, sums, pair, start, num_tokens, num_slots,
+            tokens_of_tile, log_eps, BLOCK_N, BLOCK_S,
+        )  # fmt: skip
+    else:
+        attention, denominator = normalize(
+            logits, valid, key_bias, largest, sums, num_slots, log_eps, BLOCK_S, DOUBLE
+        )
     if denominator_out is not None:
         tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=in_range)
     if attention_out is not None:

@@ -3,16 +3,28 @@
 Importing this module imports Triton; ``custom_op.py`` does so when the backend is used.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
-import triton  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from eanet.ops.attention import gradient_kernels as _gradient_kernels
 from eanet.ops.attention import kernels as _kernels
+from eanet.ops.attention import resident
+from eanet.ops.attention.resident import ResidentTilings
+from eanet.ops.attention.tiling import (
+    Kept,
+    Problem,
+    Tiling,
+    ceil_div,
+    count_multiprocessors,
+    is_long,
+    launch_options,
+    next_power_of_two,
+    split_rows,
+    split_tokens,
+)
 
 __all__ = [
     "MAX_SLOTS",
@@ -30,46 +42,8 @@ gradient_kernels: Final[Any] = _gradient_kernels
 
 #: more slots than this do not fit into the registers of a program
 MAX_SLOTS: Final = 256
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is computed, apart from tensors."""
-
-    num_heads: int
-    norm: str
-    eps: float
-    dropout: float
-    residual: bool
-
-    @property
-    def double(self) -> bool:
-        """Whether the norm is the double normalization."""
-        return self.norm == "double"
-
-    @property
-    def log_eps(self) -> float:
-        """The constant entry of the softmax over slots."""
-        return math.log(self.eps) if self.eps > 0 else -math.inf
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the work of one kernel is cut into tiles and programs.
-
-    Attributes:
-        block_tokens: tokens of a tile; a power of two from 16.
-        block_channels: channels of a tile; a power of two from 16.
-        num_warps: warps of a program.
-        num_stages: tiles that are on their way from memory while one is multiplied, and that one.
-        max_registers: of a thread; fewer let more programs run at a time. ``None`` for any number.
-    """
-
-    block_tokens: int
-    block_channels: int
-    num_warps: int
-    num_stages: int = 3
-    max_registers: int | None = None
+#: below this eps, an exponential that bfloat16 cannot hold (1e-38) could still count beside it
+LEAST_EPS: Final = 1e-30
 
 
 @dataclass(frozen=True)
@@ -84,6 +58,7 @@ class Tilings:
         value_gradient: of the third.
         num_programs: about how many programs share a sum over tokens in the backward pass.
         most_splits: in how many parts the tokens of a pair are cut at most in the forward pass.
+        resident: of the kernels that hold a memory on chip; ``None`` where they are not used.
     """
 
     statistics: Tiling
@@ -93,11 +68,12 @@ class Tilings:
     value_gradient: Tiling
     num_programs: int
     most_splits: int = 512
+    resident: ResidentTilings | None = None
 
 
 def _power_of_two(number: int, smallest: int, largest: int) -> int:
     """Round up to a power of two within limits."""
-    return max(smallest, min(largest, triton.next_power_of_2(max(number, 1))))
+    return max(smallest, min(largest, next_power_of_two(max(number, 1))))
 
 
 def _block_slots(num_slots: int) -> int:
@@ -139,12 +115,10 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
             num_stages=num_stages,
         )
 
-    multiprocessors = 1
-    if x.is_cuda:
-        properties = cast("Any", torch.cuda.get_device_properties)(x.device)
-        multiprocessors = int(properties.multi_processor_count)
-    # a pair of one block needs no pass before the second
-    alone = block_slots <= 64 and x.shape[1] <= 256
+    multiprocessors = count_multiprocessors(x)
+    # a pair of one block needs no pass before the second, but has one program
+    num_pairs = x.shape[0] * (x.shape[2] // num_channels)
+    alone = block_slots <= 64 and x.shape[1] <= 256 and 4 * num_pairs >= multiprocessors
     if x.dtype == torch.float32:  # no tensor cores: tiles are held in registers
         general = tiling(64, 32)
         return Tilings(
@@ -163,15 +137,8 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
         key_gradient=tiling(64, 128),
         value_gradient=tiling(128, 64),
         num_programs=2 * multiprocessors,
+        resident=resident.choose_tilings(x, num_slots, num_channels),
     )
-
-
-def _split_tokens(num_tokens: int, wanted: int, block_tokens: int) -> tuple[int, int]:
-    """Return into how many parts the tokens of each pair are cut, and the tokens of a part."""
-    num_blocks = triton.cdiv(num_tokens, block_tokens)
-    blocks_per_split = triton.cdiv(num_blocks, max(1, min(wanted, num_blocks)))
-    num_splits = triton.cdiv(num_blocks, blocks_per_split)
-    return num_splits, blocks_per_split * block_tokens
 
 
 @dataclass(frozen=True)
@@ -193,13 +160,13 @@ class _TokenBlocks:
         cls, tiling: Tiling, num_tokens: int, num_pairs: int, num_channels: int
     ) -> "_TokenBlocks":
         """Count the blocks of a tiling."""
-        per_pair = triton.cdiv(num_tokens, tiling.block_tokens)
-        num_slices = triton.cdiv(num_channels, tiling.block_channels)
+        per_pair = ceil_div(num_tokens, tiling.block_tokens)
+        num_slices = ceil_div(num_channels, tiling.block_channels)
         return cls(num_slices, per_pair, per_pair * num_pairs)
 
     def arguments(self, num_runs: int) -> tuple[int, int, int, int]:
         """Return what a kernel is told, the blocks of a run last; the last runs may be empty."""
-        return self.num_slices, self.per_pair, self.total, triton.cdiv(self.total, num_runs)
+        return self.num_slices, self.per_pair, self.total, ceil_div(self.total, num_runs)
 
 
 def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[str, Any]:
@@ -210,19 +177,8 @@ def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[st
         num_slots: S.
         tensors: with tokens that the kernel reads or writes.
     """
-    farthest = max(
-        tiling.block_tokens * tensor.stride(1) + tiling.block_channels * tensor.stride(2)
-        for tensor in tensors
-    )
-    return {
-        "LONG": farthest >= 2**31,
-        "BLOCK_N": tiling.block_tokens,
-        "BLOCK_S": _block_slots(num_slots),
-        "BLOCK_C": tiling.block_channels,
-        "num_warps": tiling.num_warps,
-        "num_stages": tiling.num_stages,
-        **({} if tiling.max_registers is None else {"maxnreg": tiling.max_registers}),
-    }
+    long = is_long(tiling.block_tokens, tiling.block_channels, *tensors)
+    return {"LONG": long, **launch_options(tiling, _block_slots(num_slots))}
 
 
 def _operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -267,43 +223,71 @@ def forward(
     batch, num_tokens, _ = x.shape
     num_slots, num_channels = memory_key.shape
     num_value_channels = memory_value.shape[1]
-    tilings = tilings or choose_tilings(x, num_slots, max(num_channels, num_value_channels))
     memory_key, memory_value = (m.to(x.dtype).contiguous() for m in (memory_key, memory_value))
     mask = None if mask is None else mask.contiguous()
+    tilings = tilings or choose_tilings(x, num_slots, max(num_channels, num_value_channels))
     num_pairs = batch * problem.num_heads
-    num_blocks = triton.cdiv(num_tokens, tilings.mix.block_tokens)
+    num_blocks = ceil_div(num_tokens, tilings.mix.block_tokens)
     alone = problem.double and num_blocks == 1
     sizes = (num_pairs, problem.num_heads, num_tokens, num_slots, num_channels)
-    statistics = kept_logits = None
+    statistics = kept = None
     if problem.double:
         statistics = x.new_empty((2, num_pairs, num_slots), dtype=torch.float32)
     with torch.cuda.device_of(x):
         if statistics is not None and not alone:
-            # written and read once, or x read once more: whichever moves fewer bytes
-            if 2 * num_slots * 4 < num_channels * x.itemsize:
-                kept_logits = x.new_empty((num_pairs, num_tokens, num_slots), dtype=torch.float32)
-            num_splits, tokens_per_split = _split_tokens(
-                num_tokens, tilings.most_splits, tilings.statistics.block_tokens
-            )
-            options = _launch_options(tilings.statistics, num_slots, x)
-            kernels.token_statistics[(num_pairs * num_splits,)](
-                x, memory_key, mask, kept_logits,
-                x.new_empty((2, num_pairs * num_splits, num_slots), dtype=torch.float32),
-                statistics, torch.zeros(num_pairs, dtype=torch.int32, device=x.device),
-                *sizes, *x.stride(), num_splits, tokens_per_split,
-                BLOCK_SPLITS=_power_of_two(num_splits, 1, 1024 // options["BLOCK_S"]), **options,
-            )  # fmt: skip
+            kept = _first_pass(x, memory_key, mask, problem, statistics, tilings)
         options = _launch_options(tilings.mix, num_slots, x, out)
         kernels.mix[(num_pairs * num_blocks,)](
             x, memory_key, memory_value,
             _operand(key_bias, torch.float32), _operand(value_bias, torch.float32), mask, seed,
-            kept_logits, statistics, out, attention, denominator,
+            kept and kept.values, kept and kept.largest_of_tiles, statistics,
+            out, attention, denominator,
             *sizes, num_value_channels, *x.stride(), *out.stride(),
-            num_blocks, problem.log_eps, problem.dropout,
+            num_blocks, kept.tokens_of_tile if kept else 1, problem.log_eps, problem.dropout,
             DOUBLE=problem.double, ALONE=alone, RESIDUAL=problem.residual,
             IN_PARTS=x.dtype == torch.float32 and options["BLOCK_S"] >= 64, **options,
         )  # fmt: skip
     return statistics
+
+
+def _first_pass(
+    x: Tensor,
+    memory_key: Tensor,
+    mask: Tensor | None,
+    problem: Problem,
+    statistics: Tensor,
+    tilings: Tilings,
+) -> Kept | None:
+    """Find the statistics of the tokens; keep for the second pass what spares it to read them.
+
+    Kept is what is written and read once with fewer bytes than x is read once more.
+    """
+    num_tokens = x.shape[1]
+    num_slots, num_channels = memory_key.shape
+    num_pairs = statistics.shape[1]
+    token_bytes = num_channels * x.itemsize
+    tiling = tilings.statistics
+    kept = None
+    if x.dtype == torch.bfloat16 and problem.eps >= LEAST_EPS and 4 * num_slots < token_bytes:
+        chosen = tilings.resident
+        if chosen is not None and chosen.exponentials is not None:
+            return resident.keep_exponentials(
+                x, memory_key, mask, problem.num_heads, statistics,
+                chosen.exponentials, chosen.exponentials_programs,
+            )  # fmt: skip
+        kept = Kept.exponentials(x, num_pairs, num_slots, tiling)
+    elif 8 * num_slots < token_bytes:
+        kept = Kept(statistics.new_empty((num_pairs, num_tokens, num_slots)))
+    parts = split_tokens(num_tokens, tilings.most_splits, tiling.block_tokens)
+    options = _launch_options(tiling, num_slots, x)
+    kernels.token_statistics[(num_pairs * parts[0],)](
+        x, memory_key, mask, kept and kept.values, kept and kept.largest_of_tiles,
+        statistics.new_empty((2, num_pairs * parts[0], num_slots)),
+        statistics, statistics.new_zeros(num_pairs, dtype=torch.int32),
+        num_pairs, problem.num_heads, num_tokens, num_slots, num_channels, *x.stride(), *parts,
+        BLOCK_SPLITS=split_rows(parts[0], options["BLOCK_S"]), **options,
+    )  # fmt: skip
+    return kept
 
 
 def backward(
@@ -319,30 +303,51 @@ def backward(
     problem: Problem,
     *,
     kept: tuple[Tensor, Tensor] | None = None,
+    with_value_bias: bool = True,
     grad_x: Tensor,
+    grad_memories: Tensor,
+    grad_key_bias: Tensor | None = None,
     tilings: Tilings | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the backward kernels, writing ``grad_x``; arguments as for :func:`forward`.
+) -> None:
+    """Run the backward kernels; arguments as for :func:`forward`.
+
+    Written are ``grad_x``; ``grad_memories``, which holds the gradients of memory_key, memory_value
+    and value_bias side by side, the last one only ``with_value_bias``; and ``grad_key_bias``.
 
     With ``kept``, the attention and denominator that the forward pass wrote, x is read once, else
     twice. Scratch memory: float32 of (B, H, N, S), without ``kept`` twice that, and partial memory
     gradients.
-
-    Returns:
-        Gradients of memory_key, memory_value and value_bias side by side, and of key_bias, float32.
     """
     batch, num_tokens, _ = x.shape
     num_slots, num_channels = memory_key.shape
     num_value_channels = memory_value.shape[1]
-    widest = max(num_channels, num_value_channels)
-    tilings = tilings or choose_tilings(x, num_slots, widest)
-    tiling = tilings.attention_gradient
     memory_key, memory_value = (m.to(x.dtype).contiguous() for m in (memory_key, memory_value))
     grad_out = grad_out.to(x.dtype)
     mask = None if mask is None else mask.contiguous()
     grad_attention = None if grad_attention is None else grad_attention.contiguous()
+    tilings = tilings or choose_tilings(x, num_slots, max(num_channels, num_value_channels))
+    if (
+        tilings.resident is not None
+        and kept is not None
+        and problem.double
+        and seed is None
+        and num_channels == num_value_channels
+        and not is_long(resident.MOST_TOKENS, resident.MOST_CHANNELS, grad_out, grad_x)
+    ):
+        with torch.cuda.device_of(x):
+            partial_key, partial_values = resident.backward(
+                grad_out, grad_attention, x, memory_key, memory_value, mask, problem,
+                attention=kept[0], denominator=kept[1], with_value_bias=with_value_bias,
+                grad_x=grad_x, tilings=tilings.resident,
+            )  # fmt: skip
+            _add_parts(partial_key, grad_memories[: memory_key.numel()])
+            _add_parts(partial_values, grad_memories[memory_key.numel() :])
+        if grad_key_bias is not None:
+            grad_key_bias.zero_()
+        return
+    tiling = tilings.attention_gradient
     num_pairs = batch * problem.num_heads
-    num_splits, tokens_per_split = _split_tokens(
+    num_splits, tokens_per_split = split_tokens(
         num_tokens, tilings.num_programs // num_pairs, tiling.block_tokens
     )
     sizes = (problem.num_heads, num_tokens, num_slots, num_channels, num_value_channels)
@@ -393,6 +398,16 @@ def backward(
             DOUBLE=problem.double, RESIDUAL=problem.residual, SCALED=x.dtype == torch.float16,
             **_launch_options(tilings.key_gradient, num_slots, x, grad_out, grad_x),
         )  # fmt: skip
-    # under "double" the bias cancels: its gradient is zero, without rounding
-    grad_bias = torch.zeros_like(weighted_sum[0]) if problem.double else weighted_sum.sum(0)
-    return partial_sums.sum(0), grad_bias
+        _add_parts(partial_sums, grad_memories)
+    if grad_key_bias is not None:
+        # under "double" the bias cancels: its gradient is zero, without rounding
+        torch.sum(weighted_sum[:0] if problem.double else weighted_sum, 0, out=grad_key_bias)
+
+
+def _add_parts(partial: Tensor, sums: Tensor) -> None:
+    """Add the rows of ``partial`` (parts, length) into ``sums`` (length), in a fixed order."""
+    num_parts, length = partial.shape
+    gradient_kernels.add_parts[(ceil_div(length, 64),)](
+        partial, sums, num_parts, length,
+        BLOCK_PARTS=min(128, next_power_of_two(num_parts)), BLOCK=64, num_warps=4,
+    )  # fmt: skip

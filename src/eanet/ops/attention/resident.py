@@ -1,0 +1,197 @@
+"""Launch the Triton kernels of ``resident_kernels.py``, which hold a memory on chip.
+
+``launch.py`` asks :func:`choose_tilings` whether they take the tokens, and launches its own kernels
+where not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+
+from eanet.ops.attention import resident_kernels as _kernels
+from eanet.ops.attention.tiling import (
+    Kept,
+    Problem,
+    Tiling,
+    ceil_div,
+    count_multiprocessors,
+    is_long,
+    launch_options,
+    next_power_of_two,
+    split_rows,
+    split_tokens,
+)
+
+__all__ = ["ResidentTilings", "backward", "choose_tilings", "keep_exponentials"]
+
+# a kernel's signature is not the one it is launched with
+kernels: Final[Any] = _kernels
+
+#: slots fill the rows of a tensor core's product
+BLOCK_SLOTS: Final = 64
+#: a memory of as many slots, and tokens of as many channels, have room on chip
+MOST_CHANNELS: Final = 512
+#: tokens of a tile
+MOST_TOKENS: Final = 64
+
+
+@dataclass(frozen=True)
+class ResidentTilings:
+    """A tiling for each kernel.
+
+    Attributes:
+        exponentials: of the kernel forward; ``None`` where the general one is faster.
+        exponentials_programs: about how many programs share a sum over tokens.
+        value_side: of the first kernel backward.
+        value_programs: likewise.
+        key_side: of the second, whose programs do a slice of channels.
+        key_programs: likewise.
+    """
+
+    exponentials: Tiling | None
+    exponentials_programs: int
+    value_side: Tiling
+    value_programs: int
+    key_side: Tiling
+    key_programs: int
+
+
+def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> ResidentTilings | None:
+    """Choose tiles for a GPU whose programs have 227 KiB on chip; ``None`` where others are better.
+
+    Args:
+        x: tokens (batch, tokens, channels).
+        num_slots: S.
+        num_channels: the wider of key and value channels of a head.
+    """
+    multiprocessors = count_multiprocessors(x)
+    num_pairs = x.shape[0] * (x.shape[2] // num_channels)
+    if (
+        x.dtype != torch.bfloat16
+        or num_slots > BLOCK_SLOTS
+        or num_channels > MOST_CHANNELS
+        # each program has sums as large as the memories
+        or num_pairs > multiprocessors
+        or is_long(MOST_TOKENS, MOST_CHANNELS, x)
+        or not _has_room(x)
+    ):
+        return None
+    width = max(64, next_power_of_two(num_channels))
+    key_side = Tiling(64, min(width, 128), num_warps=4, num_stages=3)
+    # the fastest of ``eanet bench tilings`` on an H200 at 8 x 512 x 128 x 128
+    if x.stride(1) < x.stride(2):
+        value_side = Tiling(64, width, num_warps=8, num_stages=2)
+        return ResidentTilings(None, 0, value_side, multiprocessors, key_side, 2 * multiprocessors)
+    # half a memory leaves room for two programs at a time
+    programs = 2 if width <= MOST_CHANNELS // 2 else 1
+    return ResidentTilings(
+        exponentials=Tiling(32, width, num_warps=4, num_stages=4),
+        exponentials_programs=programs * multiprocessors,
+        value_side=Tiling(32, width, num_warps=8 // programs, num_stages=4),
+        value_programs=programs * multiprocessors,
+        key_side=key_side,
+        key_programs=2 * multiprocessors,
+    )
+
+
+def _has_room(x: Tensor) -> bool:
+    """Tell whether a program may have what these tiles take, as on Hopper and later."""
+    if not x.is_cuda:
+        return True
+    properties = cast("Any", torch.cuda.get_device_properties)(x.device)
+    return int(properties.shared_memory_per_block_optin) >= 232_448
+
+
+def keep_exponentials(
+    x: Tensor,
+    memory_key: Tensor,
+    mask: Tensor | None,
+    num_heads: int,
+    statistics: Tensor,
+    tiling: Tiling,
+    num_programs: int,
+) -> Kept:
+    """Find the statistics of the tokens, and keep the exponentials of their logits.
+
+    Args:
+        x: tokens (B, N, H * C), any strides.
+        memory_key: M_k (S, C), contiguous.
+        mask: boolean (B, N), contiguous.
+        num_heads: H.
+        statistics: to be written.
+        tiling: of the kernel.
+        num_programs: about how many there are.
+    """
+    num_tokens = x.shape[1]
+    num_slots, num_channels = memory_key.shape
+    num_pairs = statistics.shape[1]
+    kept = Kept.exponentials(x, num_pairs, num_slots, tiling)
+    parts = split_tokens(num_tokens, num_programs // num_pairs, tiling.block_tokens)
+    kernels.slot_exponentials[(num_pairs * parts[0],)](
+        x, memory_key, mask, kept.values, kept.largest_of_tiles,
+        statistics.new_empty((2, num_pairs * parts[0], num_slots)),
+        statistics, statistics.new_zeros(num_pairs, dtype=torch.int32),
+        num_pairs, num_heads, num_tokens, num_slots, num_channels, *x.stride(), *parts,
+        BLOCK_SPLITS=split_rows(parts[0], BLOCK_SLOTS), **launch_options(tiling, BLOCK_SLOTS),
+    )  # fmt: skip
+    return kept
+
+
+def backward(
+    grad_out: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    mask: Tensor | None,
+    problem: Problem,
+    *,
+    attention: Tensor,
+    denominator: Tensor,
+    with_value_bias: bool,
+    grad_x: Tensor,
+    tilings: ResidentTilings,
+) -> tuple[Tensor, Tensor]:
+    """Run the backward kernels; arguments as for ``launch.backward``.
+
+    Returns:
+        In float32 for parts of the tokens (parts, ...): gradients of memory_key, and of
+        memory_value and value_bias side by side.
+    """
+    num_tokens = x.shape[1]
+    num_slots, num_channels = memory_key.shape
+    num_pairs = x.shape[0] * problem.num_heads
+    sizes = (problem.num_heads, num_tokens, num_slots, num_channels)
+    parts = split_tokens(
+        num_tokens, tilings.value_programs // num_pairs, tilings.value_side.block_tokens
+    )
+    num_slices = ceil_div(num_channels, tilings.key_side.block_channels)
+    key_parts = split_tokens(
+        num_tokens,
+        tilings.key_programs // (num_pairs * num_slices),
+        tilings.key_side.block_tokens,
+    )
+    lengths = [num_slots * num_channels, num_channels]
+    partial_weighted = x.new_empty((num_pairs, parts[0], num_slots), dtype=torch.float32)
+    partial_values = partial_weighted.new_empty((num_pairs * parts[0], sum(lengths)))
+    partial_value, partial_bias = torch.split(partial_values, lengths, dim=1)
+    partial_key = partial_weighted.new_empty((num_pairs * key_parts[0], lengths[0]))
+    weighted = x.new_empty((num_pairs, num_tokens, num_slots))
+    kernels.value_side[(num_pairs * parts[0],)](
+        grad_out, grad_attention, memory_value, mask, attention,
+        weighted, partial_weighted, partial_value, partial_bias, partial_values.stride(0),
+        *sizes, *grad_out.stride(), *parts,
+        WITH_BIAS=with_value_bias, **launch_options(tilings.value_side, BLOCK_SLOTS),
+    )  # fmt: skip
+    kernels.key_side[(num_pairs * key_parts[0] * num_slices,)](
+        x, grad_out, memory_key, mask, attention, denominator, weighted, partial_weighted,
+        grad_x, partial_key, partial_key.stride(0),
+        *sizes, *x.stride(), *grad_out.stride(), *grad_x.stride(),
+        num_slices, *key_parts, parts[0],
+        BLOCK_SPLITS=next_power_of_two(parts[0]), RESIDUAL=problem.residual,
+        TOKENS_LAST=grad_x.stride(1) < grad_x.stride(2),
+        **launch_options(tilings.key_side, BLOCK_SLOTS),
+    )  # fmt: skip
+    return partial_key, partial_values

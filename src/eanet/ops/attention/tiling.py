@@ -1,0 +1,138 @@
+"""What the Triton kernels compute, how their work is cut, and what they leave for one another."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Kept",
+    "Problem",
+    "Tiling",
+    "ceil_div",
+    "count_multiprocessors",
+    "is_long",
+    "launch_options",
+    "next_power_of_two",
+    "split_rows",
+    "split_tokens",
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed, apart from tensors."""
+
+    num_heads: int
+    norm: str
+    eps: float
+    dropout: float
+    residual: bool
+
+    @property
+    def double(self) -> bool:
+        """Whether the norm is the double normalization."""
+        return self.norm == "double"
+
+    @property
+    def log_eps(self) -> float:
+        """The constant entry of the softmax over slots."""
+        return math.log(self.eps) if self.eps > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work of one kernel is cut into tiles and programs.
+
+    Attributes:
+        block_tokens: tokens of a tile; a power of two from 16.
+        block_channels: channels of a tile; a power of two from 16.
+        num_warps: warps of a program.
+        num_stages: tiles that are on their way from memory while one is multiplied, and that one.
+        max_registers: of a thread; fewer let more programs run at a time. ``None`` for any number.
+    """
+
+    block_tokens: int
+    block_channels: int
+    num_warps: int
+    num_stages: int = 3
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the first kernel forward leaves for the second.
+
+    Attributes:
+        values: (B * H, N, S), logits in float32, or exponentials in bfloat16.
+        largest_of_tiles: of exponentials, the largest logits of each tile (B * H, num_tiles, S),
+            which were taken away from its logits.
+        tokens_of_tile: of exponentials.
+    """
+
+    values: Tensor
+    largest_of_tiles: Tensor | None = None
+    tokens_of_tile: int = 1
+
+    @classmethod
+    def exponentials(cls, x: Tensor, num_pairs: int, num_slots: int, tiling: Tiling) -> "Kept":
+        """Allocate memory for exponentials in the type of x."""
+        num_tiles = ceil_div(x.shape[1], tiling.block_tokens)
+        return cls(
+            x.new_empty((num_pairs, x.shape[1], num_slots)),
+            x.new_empty((num_pairs, num_tiles, num_slots), dtype=torch.float32),
+            tiling.block_tokens,
+        )
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Divide and round up; Triton's own costs more than some kernels take."""
+    return -(-number // divisor)
+
+
+def next_power_of_two(number: int) -> int:
+    """Round a number from 1 up to a power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+def launch_options(tiling: Tiling, block_slots: int) -> dict[str, Any]:
+    """Return the compile-time arguments that all kernels over tokens take."""
+    return {
+        "BLOCK_N": tiling.block_tokens,
+        "BLOCK_S": block_slots,
+        "BLOCK_C": tiling.block_channels,
+        "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
+        **({} if tiling.max_registers is None else {"maxnreg": tiling.max_registers}),
+    }
+
+
+def is_long(block_tokens: int, block_channels: int, *tensors: Tensor) -> bool:
+    """Tell whether places within a tile of one of these (B, N, channels) need 64 bits."""
+    return any(
+        block_tokens * tensor.stride(1) + block_channels * tensor.stride(2) >= 2**31
+        for tensor in tensors
+    )
+
+
+def count_multiprocessors(x: Tensor) -> int:
+    """Return the multiprocessors of the GPU that holds x; one for the interpreter."""
+    if not x.is_cuda:
+        return 1
+    properties = cast("Any", torch.cuda.get_device_properties)(x.device)
+    return int(properties.multi_processor_count)
+
+
+def split_tokens(num_tokens: int, wanted: int, block_tokens: int) -> tuple[int, int]:
+    """Return into how many parts the tokens of each pair are cut, and the tokens of a part."""
+    num_blocks = ceil_div(num_tokens, block_tokens)
+    blocks_per_split = ceil_div(num_blocks, max(1, min(wanted, num_blocks)))
+    num_splits = ceil_div(num_blocks, blocks_per_split)
+    return num_splits, blocks_per_split * block_tokens
+
+
+def split_rows(num_splits: int, block_slots: int) -> int:
+    """Return how many parts have their statistics joined at a time; a power of two."""
+    return min(next_power_of_two(num_splits), 4096 // block_slots)
