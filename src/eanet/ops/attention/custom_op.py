@@ -363,13 +363,17 @@ class _Direct(torch.autograd.Function):
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Tell whether these are tensors with memory of their own, and nobody traces what is done.
 
-    Tracers, fake tensors, ``torch.func`` and modes that count or record need the operator.
+    Tracers, fake tensors, the meta device, ``torch.func`` and modes that count or record need the
+    operator.
     """
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
         and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
-        and all(tensor is None or type(tensor) in (Tensor, Parameter) for tensor in tensors)
+        and all(
+            tensor is None or (type(tensor) in (Tensor, Parameter) and not tensor.is_meta)
+            for tensor in tensors
+        )
     )
 
 
