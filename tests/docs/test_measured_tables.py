@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 from eanet.bench.block import format_table
+from eanet.bench.gpu import format_report
 from eanet.bench.growth import format_growth
 
 ROOT = Path(__file__).parents[2]
-FORMATS = {"external attention block": format_table, "time per token": format_growth}
+FORMATS = {
+    "external attention block": format_table,
+    "time per token": format_growth,
+    "gpu": format_report,
+}
+#: benchmarks whose tables are Markdown, not text
+MARKDOWN = ("time per token", "gpu")
 MEASURED = re.compile(
     r"<!-- (?P<file>results/\S+\.json)(?: (?P<part>\w+))? -->\n(?P<table>.*?)<!-- end -->",
     re.DOTALL,
@@ -26,7 +33,8 @@ def table_of(match):
     report = json.loads((ROOT / match["file"]).read_text(encoding="utf-8"))
     report = report[match["part"]] if match["part"] else report
     table = FORMATS[report["benchmark"]](report)
-    return f"{table}\n" if table.startswith("Nanoseconds") else f"```text\n{table}\n```\n"
+    table = table.rstrip("\n")
+    return f"{table}\n" if report["benchmark"] in MARKDOWN else f"```text\n{table}\n```\n"
 
 
 def test_there_are_tables():

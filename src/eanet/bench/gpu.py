@@ -38,7 +38,14 @@ from eanet.errors import UserError
 from eanet.ops.attention import external_attention
 from eanet.ops.attention.custom_op import suits
 
-__all__ = ["bandwidth", "compare_with_compiled", "format_bandwidth", "format_sweep", "main"]
+__all__ = [
+    "bandwidth",
+    "compare_with_compiled",
+    "format_bandwidth",
+    "format_report",
+    "format_sweep",
+    "main",
+]
 
 #: (batch, channels, height, width) that the targets are stated for
 BLOCK = (8, 512, 128, 128)
@@ -285,17 +292,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "block": list(BLOCK),
     }
     report["bandwidth"] = bandwidth(device=device, rates=rates, progress=progress)
-    text = (
-        f"{report['device']}: copies {rates.copied_bytes_per_second / 1e9:,.0f} GB/s\n\n"
-        f"{format_bandwidth(report['bandwidth'])}\n"
-    )
-    _keep(options.out, report, text)
+    _keep(options.out, report)
     report["sweep"] = compare_with_compiled(
         device=device, deadline=deadline - CONTENDERS_SECONDS, progress=progress
     )
-    text += f"\n{format_sweep(report['sweep'])}\n"
-    _keep(options.out, report, text)
-    sys.stdout.write(text)
+    _keep(options.out, report)
+    sys.stdout.write(format_report(report))
     if not options.without_contenders and time.monotonic() < deadline - CONTENDERS_SECONDS:
         ops.main([
             "--device", options.device, "--dtype", "bfloat16", "--max-seconds", "0.5",
@@ -305,10 +307,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _keep(folder: Path, report: dict[str, Any], text: str) -> None:
+def format_report(report: dict[str, Any]) -> str:
+    """Return what was measured as Markdown."""
+    rate = report["copied_bytes_per_second"] / 1e9
+    text = (
+        f"{report['device']}: copies {rate:,.0f} GB/s\n\n{format_bandwidth(report['bandwidth'])}\n"
+    )
+    return f"{text}\n{format_sweep(report['sweep'])}\n" if "sweep" in report else text
+
+
+def _keep(folder: Path, report: dict[str, Any]) -> None:
     """Write what there is so far."""
     write_figures(folder / "gpu.json", report)
-    (folder / "gpu.md").write_text(text, encoding="utf-8")
+    (folder / "gpu.md").write_text(format_report(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,15 +48,15 @@ from tests.ops.attention.kernel_cases import (
 
 CPU = torch.device("cpu")
 _TILING = launch.Tiling(block_tokens=16, block_channels=16, num_warps=4)
-#: two parts for each pair in the forward pass
+#: several parts for each pair in the forward pass
 SMALL = launch.Tilings(
     statistics=_TILING,
     mix=replace(_TILING, block_tokens=32),
     attention_gradient=_TILING,
     key_gradient=_TILING,
     value_gradient=replace(_TILING, block_tokens=32),
+    statistics_programs=8,
     num_programs=6,
-    most_splits=2,
 )
 
 

@@ -275,10 +275,11 @@ def check_dropout(case, device, probability):
 def check_masked_tokens_beside_small_logits(device):
     """Compare where valid logits lie so far below 0 that the 0 of masked tokens overflows."""
     generator = torch.Generator().manual_seed(0)
-    x = 10 + 10 * torch.rand(2, 20, 8, generator=generator)
+    # many samples: of few, the largest error is a matter of luck where a token has nearly all of P
+    x = 10 + 10 * torch.rand(32, 20, 8, generator=generator)
     memory_key = 0.1 * torch.rand(5, 8, generator=generator) - 2
     memory_value = torch.randn(5, 8, generator=generator)
-    mask = (torch.rand(2, 20, generator=generator) > 0.4).to(device)
+    mask = (torch.rand(32, 20, generator=generator) > 0.4).to(device)
     operands = [tensor.to(device) for tensor in (x, memory_key, memory_value)]
     assert (operands[0] @ operands[1].T).max() < -100
 
@@ -296,7 +297,8 @@ def check_masked_tokens_beside_small_logits(device):
             for tensor in (found.double() - expected, near.double() - expected, expected)
         )
         assert torch.isfinite(found).all()
-        assert error <= allowed_error(plain_error, scale, torch.float32)
+        allowed = allowed_error(plain_error, scale, torch.float32)
+        assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
 #: mistakes that the comparison has to notice, as changes of the call

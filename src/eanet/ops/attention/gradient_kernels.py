@@ -8,6 +8,8 @@ Two passes over the tokens::
     1  attention_gradient  A and w = A * (dA - <A, dA>), and the sum of w over the tokens
     2  key_gradient        dz = w - P * sum(w); gradients of x, and of M_k for a part of the tokens
        value_gradient      gradients of M_v and its bias for a part of the tokens
+
+``add_parts`` adds the gradients of the parts.
 """
 
 from typing import no_type_check

@@ -56,8 +56,8 @@ class Tilings:
         attention_gradient: of the first kernel backward.
         key_gradient: of the second.
         value_gradient: of the third.
-        num_programs: about how many programs share a sum over tokens in the backward pass.
-        most_splits: in how many parts the tokens of a pair are cut at most in the forward pass.
+        statistics_programs: about how many programs share the sums over tokens forward.
+        num_programs: about how many share those backward.
         resident: of the kernels that hold a memory on chip; ``None`` where they are not used.
     """
 
@@ -66,8 +66,8 @@ class Tilings:
     attention_gradient: Tiling
     key_gradient: Tiling
     value_gradient: Tiling
+    statistics_programs: int
     num_programs: int
-    most_splits: int = 512
     resident: ResidentTilings | None = None
 
 
@@ -127,15 +127,17 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
             attention_gradient=general,
             key_gradient=general,
             value_gradient=general,
+            statistics_programs=16 * multiprocessors,
             num_programs=2 * multiprocessors,
         )
-    # the fastest of ``eanet bench tilings`` on an H200 at 8 x 512 x 128 x 128
+    # the fastest of those tried on an H200 at 8 x 512 x 128 x 128, see ``eanet bench tilings``
     return Tilings(
         statistics=tiling(128, 64, num_stages=4),
         mix=tiling(256 if alone else 64, 64),
         attention_gradient=tiling(128, 64),
         key_gradient=tiling(64, 128),
         value_gradient=tiling(128, 64),
+        statistics_programs=2 * multiprocessors,
         num_programs=2 * multiprocessors,
         resident=resident.choose_tilings(x, num_slots, num_channels),
     )
@@ -278,7 +280,7 @@ def _first_pass(
         kept = Kept.exponentials(x, num_pairs, num_slots, tiling)
     elif 8 * num_slots < token_bytes:
         kept = Kept(statistics.new_empty((num_pairs, num_tokens, num_slots)))
-    parts = split_tokens(num_tokens, tilings.most_splits, tiling.block_tokens)
+    parts = split_tokens(num_tokens, tilings.statistics_programs // num_pairs, tiling.block_tokens)
     options = _launch_options(tiling, num_slots, x)
     kernels.token_statistics[(num_pairs * parts[0],)](
         x, memory_key, mask, kept and kept.values, kept and kept.largest_of_tiles,

@@ -72,7 +72,7 @@ def _columns(
 @no_type_check
 def _map_columns(map_of_pair, first_token, num_slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     """Return pointers to a tile of a map (N, S), [BLOCK_S, BLOCK_N]."""
-    corner = map_of_pair + tl.full((), 0, dtype=tl.int64) + first_token * num_slots
+    corner = map_of_pair + (tl.full((), 0, dtype=tl.int64) + first_token) * num_slots
     return corner + (tl.arange(0, BLOCK_S)[:, None] + tl.arange(0, BLOCK_N)[None, :] * num_slots)
 
 
