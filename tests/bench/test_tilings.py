@@ -11,8 +11,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 def test_candidates_begin_with_what_is_chosen_and_fit_a_program(monkeypatch):
     launch = pytest.importorskip("eanet.ops.attention.launch", reason="needs Triton")
-    resident = pytest.importorskip("eanet.ops.attention.resident", reason="needs Triton")
-    monkeypatch.setattr(resident, "count_multiprocessors", lambda x: 132)
+    monkeypatch.setattr("eanet.ops.attention.tiling.device_limits", lambda device: (132, 232_448))
     x = torch.empty(1, 4096, 512, dtype=torch.bfloat16)
     chosen = launch.choose_tilings(x, 64, 512)
     found = list(tilings.candidates(chosen, x.itemsize))

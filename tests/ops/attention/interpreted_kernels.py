@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eanet.nn.external_attention import (
     ExternalAttention,
@@ -27,9 +28,8 @@ from eanet.ops.attention import (
     launch,
     multi_head_external_attention,
     reference,
-    resident,
+    tiling,
 )
-from eanet.ops.attention.tiling import split_tokens
 from tests.ops.attention.kernel_cases import (
     CASES,
     MUTANTS,
@@ -72,7 +72,7 @@ def test_kernels_equal_the_equations(case):
 @pytest.mark.parametrize("case", RESIDENT_CASES, ids=str)
 def test_kernels_that_hold_a_memory_equal_the_equations(case, monkeypatch):
     # parts of several tiles, in a time that the interpreter can do
-    monkeypatch.setattr(resident, "count_multiprocessors", lambda x: 6)
+    monkeypatch.setattr(tiling, "device_limits", lambda device: (6, 232_448))
     check_resident(replace(case, tokens=300), CPU, monkeypatch)
 
 
@@ -98,7 +98,7 @@ def test_parts_add_up_to_the_whole(monkeypatch, case):
     case = same_on_another_tiling(case)
     if case.residual:
         case = Case(**{**vars(case), "value_channels": case.channels})
-    assert split_tokens(case.tokens, 2, 16)[0] > 1
+    assert tiling.split_tokens(case.tokens, 2, 16)[0] > 1
     check(case, CPU)
 
 
@@ -279,6 +279,34 @@ def test_operators_pass_all_checks(case, dropout, without_shape_checks):
             seed, *(None if tensor is None else tensor.detach() for tensor in kept), *options,
         ),
     )  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Writes down the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_operators():
+    x, memory = torch.randn(2, 9, 8, requires_grad=True), torch.randn(5, 8)
+    with Watch() as watch:
+        external_attention(x, memory, backend="triton").sum().backward()
+    assert "eanet.external_attention.default" in watch.seen
+    assert "eanet.external_attention_backward.default" in watch.seen
+
+
+def test_functions_are_mapped():
+    x, memory = torch.randn(3, 9, 8), torch.randn(5, 8)
+    attend = torch.func.vmap(lambda x: external_attention(x[None], memory, backend="triton")[0])
+    with pytest.warns(UserWarning, match="batching rule"):  # PyTorch goes sample by sample
+        mapped = attend(x)
+    torch.testing.assert_close(mapped, external_attention(x, memory, backend="triton"))
 
 
 @not_a_leaf

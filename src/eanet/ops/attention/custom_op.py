@@ -355,8 +355,13 @@ _forward.register_autograd(  # pyright: ignore[reportUnknownMemberType]
 class _Direct(torch.autograd.Function):
     """The operator without its registration, which costs more than a kernel of few tokens."""
 
-    forward = staticmethod(_compute_forward)
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute and keep; a ``setup_context`` of its own would have arguments bound by name."""
+        outputs = _compute_forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
     backward = staticmethod(_differentiate)
 
 

@@ -3,6 +3,7 @@
 Importing this module imports Triton; ``custom_op.py`` does so when the backend is used.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,8 +18,8 @@ from eanet.ops.attention.tiling import (
     Kept,
     Problem,
     Tiling,
+    TokenLayout,
     ceil_div,
-    count_multiprocessors,
     is_long,
     launch_options,
     next_power_of_two,
@@ -100,14 +101,22 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
     Raises:
         ValueError: more than 256 slots.
     """
+    return _choose_tilings(TokenLayout.of(x), num_slots, num_channels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_tilings(layout: TokenLayout, num_slots: int, num_channels: int) -> Tilings:
+    """Choose once; choosing takes as long as a small kernel."""
     block_slots = _block_slots(num_slots)
+    batch, num_tokens, width = layout.shape
+    multiprocessors = layout.multiprocessors
 
     def tiling(block_tokens: int, block_channels: int, num_stages: int = 3) -> Tiling:
         # stated for 64 slots; tiles with more of them have fewer tokens
         block_tokens = min(block_tokens, max(16, 64 * block_tokens // block_slots))
         if block_slots == MAX_SLOTS:
             block_channels //= 2
-        block_tokens = _power_of_two(x.shape[1], 16, block_tokens)
+        block_tokens = _power_of_two(num_tokens, 16, block_tokens)
         return Tiling(
             block_tokens=block_tokens,
             block_channels=_power_of_two(num_channels, 16, block_channels),
@@ -115,11 +124,10 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
             num_stages=num_stages,
         )
 
-    multiprocessors = count_multiprocessors(x)
     # a pair of one block needs no pass before the second, but has one program
-    num_pairs = x.shape[0] * (x.shape[2] // num_channels)
-    alone = block_slots <= 64 and x.shape[1] <= 256 and 4 * num_pairs >= multiprocessors
-    if x.dtype == torch.float32:  # no tensor cores: tiles are held in registers
+    num_pairs = batch * (width // num_channels)
+    alone = block_slots <= 64 and num_tokens <= 256 and 4 * num_pairs >= multiprocessors
+    if layout.dtype == torch.float32:  # no tensor cores: tiles are held in registers
         general = tiling(64, 32)
         return Tilings(
             statistics=general,
@@ -139,7 +147,7 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
         value_gradient=tiling(128, 64),
         statistics_programs=2 * multiprocessors,
         num_programs=2 * multiprocessors,
-        resident=resident.choose_tilings(x, num_slots, num_channels),
+        resident=resident.choose_tilings(layout, num_slots, num_channels),
     )
 
 
@@ -179,7 +187,8 @@ def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[st
         num_slots: S.
         tensors: with tokens that the kernel reads or writes.
     """
-    long = is_long(tiling.block_tokens, tiling.block_channels, *tensors)
+    strides = (tensor.stride() for tensor in tensors)
+    long = is_long(tiling.block_tokens, tiling.block_channels, *strides)
     return {"LONG": long, **launch_options(tiling, _block_slots(num_slots))}
 
 
@@ -334,7 +343,9 @@ def backward(
         and problem.double
         and seed is None
         and num_channels == num_value_channels
-        and not is_long(resident.MOST_TOKENS, resident.MOST_CHANNELS, grad_out, grad_x)
+        and not is_long(
+            resident.MOST_TOKENS, resident.MOST_CHANNELS, grad_out.stride(), grad_x.stride()
+        )
     ):
         with torch.cuda.device_of(x):
             partial_key, partial_values = resident.backward(

@@ -5,7 +5,7 @@ where not.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from eanet.ops.attention.tiling import (
     Kept,
     Problem,
     Tiling,
+    TokenLayout,
     ceil_div,
-    count_multiprocessors,
     is_long,
     launch_options,
     next_power_of_two,
@@ -35,6 +35,8 @@ BLOCK_SLOTS: Final = 64
 MOST_CHANNELS: Final = 512
 #: tokens of a tile
 MOST_TOKENS: Final = 64
+#: of memory on chip that the tiles take, as on Hopper and later
+SHARED_BYTES: Final = 232_448
 
 
 @dataclass(frozen=True)
@@ -58,30 +60,32 @@ class ResidentTilings:
     key_programs: int
 
 
-def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> ResidentTilings | None:
+def choose_tilings(
+    layout: TokenLayout, num_slots: int, num_channels: int
+) -> ResidentTilings | None:
     """Choose tiles for a GPU whose programs have 227 KiB on chip; ``None`` where others are better.
 
     Args:
-        x: tokens (batch, tokens, channels).
+        layout: of the tokens.
         num_slots: S.
         num_channels: the wider of key and value channels of a head.
     """
-    multiprocessors = count_multiprocessors(x)
-    num_pairs = x.shape[0] * (x.shape[2] // num_channels)
+    batch, _, all_channels = layout.shape
+    multiprocessors = layout.multiprocessors
     if (
-        x.dtype != torch.bfloat16
+        layout.dtype != torch.bfloat16
         or num_slots > BLOCK_SLOTS
         or num_channels > MOST_CHANNELS
+        or layout.shared_bytes < SHARED_BYTES
         # each program has sums as large as the memories
-        or num_pairs > multiprocessors
-        or is_long(MOST_TOKENS, MOST_CHANNELS, x)
-        or not _has_room(x)
+        or batch * (all_channels // num_channels) > multiprocessors
+        or is_long(MOST_TOKENS, MOST_CHANNELS, layout.strides)
     ):
         return None
     width = max(64, next_power_of_two(num_channels))
     key_side = Tiling(64, min(width, 128), num_warps=4, num_stages=3)
     # the fastest of those tried on an H200 at 8 x 512 x 128 x 128, see ``eanet bench tilings``
-    if x.stride(1) < x.stride(2):
+    if layout.tokens_last:
         value_side = Tiling(64, width, num_warps=8, num_stages=2)
         return ResidentTilings(None, 0, value_side, multiprocessors, key_side, 2 * multiprocessors)
     # half a memory leaves room for two programs at a time
@@ -94,14 +98,6 @@ def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> ResidentTili
         key_side=key_side,
         key_programs=2 * multiprocessors,
     )
-
-
-def _has_room(x: Tensor) -> bool:
-    """Tell whether a program may have what these tiles take, as on Hopper and later."""
-    if not x.is_cuda:
-        return True
-    properties = cast("Any", torch.cuda.get_device_properties)(x.device)
-    return int(properties.shared_memory_per_block_optin) >= 232_448
 
 
 def keep_exponentials(

@@ -1,6 +1,8 @@
 """What the Triton kernels compute, how their work is cut, and what they leave for one another."""
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,8 +13,9 @@ __all__ = [
     "Kept",
     "Problem",
     "Tiling",
+    "TokenLayout",
     "ceil_div",
-    "count_multiprocessors",
+    "device_limits",
     "is_long",
     "launch_options",
     "next_power_of_two",
@@ -59,6 +62,47 @@ class Tiling:
     num_warps: int
     num_stages: int = 3
     max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """All of the tokens but their numbers, and of their device, that tilings are chosen by.
+
+    Attributes:
+        dtype: of the tokens.
+        shape: (batch, tokens, channels).
+        strides: in elements.
+        multiprocessors: of the GPU; one for the interpreter.
+        shared_bytes: of memory on chip that a program may have.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    multiprocessors: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "TokenLayout":
+        """Describe tokens (batch, tokens, channels)."""
+        return cls(x.dtype, tuple(x.shape), x.stride(), *device_limits(x.device))
+
+    @property
+    def tokens_last(self) -> bool:
+        """Whether tokens lie innermost, not channels."""
+        return self.strides[1] < self.strides[2]
+
+
+@functools.lru_cache
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Return multiprocessors of a device, and bytes on chip that a program may have."""
+    if device.type != "cuda":  # the interpreter has one, as large as that of a Hopper GPU
+        return 1, 232_448
+    properties = cast("Any", torch.cuda.get_device_properties)(device)
+    return (
+        int(properties.multi_processor_count),
+        int(getattr(properties, "shared_memory_per_block_optin", 0)),
+    )
 
 
 @dataclass(frozen=True)
@@ -109,20 +153,11 @@ def launch_options(tiling: Tiling, block_slots: int) -> dict[str, Any]:
     }
 
 
-def is_long(block_tokens: int, block_channels: int, *tensors: Tensor) -> bool:
-    """Tell whether places within a tile of one of these (B, N, channels) need 64 bits."""
+def is_long(block_tokens: int, block_channels: int, *strides: Sequence[int]) -> bool:
+    """Tell whether places within a tile of (B, N, channels) with such strides need 64 bits."""
     return any(
-        block_tokens * tensor.stride(1) + block_channels * tensor.stride(2) >= 2**31
-        for tensor in tensors
+        block_tokens * token + block_channels * channel >= 2**31 for _, token, channel in strides
     )
-
-
-def count_multiprocessors(x: Tensor) -> int:
-    """Return the multiprocessors of the GPU that holds x; one for the interpreter."""
-    if not x.is_cuda:
-        return 1
-    properties = cast("Any", torch.cuda.get_device_properties)(x.device)
-    return int(properties.multi_processor_count)
 
 
 def split_tokens(num_tokens: int, wanted: int, block_tokens: int) -> tuple[int, int]:
