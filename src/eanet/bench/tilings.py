@@ -99,6 +99,7 @@ def _resident_candidates(chosen: "Tilings") -> Iterator["Tilings"]:
                 resident=replace(
                     resident,
                     exponentials=whole,
+                    exponentials_programs=resident.value_programs,
                     value_side=whole,
                     key_side=replace(whole, block_channels=min(width, block_channels)),
                 ),

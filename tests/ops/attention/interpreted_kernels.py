@@ -5,6 +5,7 @@ process. The variable cannot be set for some tests only: kernels that torch comp
 other tests would be interpreted too.
 """
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 from eanet.nn.external_attention import (
     ExternalAttention,
@@ -33,8 +35,11 @@ from eanet.ops.attention import (
 from tests.ops.attention.kernel_cases import (
     CASES,
     MUTANTS,
+    NAMES,
+    RESIDENT,
     RESIDENT_CASES,
     Case,
+    allowed_error,
     check,
     check_dropout,
     check_masked_tokens_beside_small_logits,
@@ -60,6 +65,25 @@ SMALL = launch.Tilings(
 )
 
 
+def _round_to_bfloat16(convert):
+    """Let the interpreter round to bfloat16 as GPUs do; it cuts digits off."""
+
+    def rounded(tile, tile_type, target, rounding):
+        if tile_type == tl.float32 and target == tl.bfloat16:
+            halves = torch.from_numpy(tile.copy()).bfloat16().view(torch.uint16)
+            return halves.numpy()
+        return convert(tile, tile_type, target, rounding)
+
+    return rounded
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch):
+    monkeypatch.setattr(
+        interpreter, "_convert_float", _round_to_bfloat16(interpreter._convert_float)
+    )
+
+
 def test_kernels_are_interpreted():
     assert kernels.INTERPRETED, "set TRITON_INTERPRET=1"
 
@@ -73,7 +97,7 @@ def test_kernels_equal_the_equations(case):
 def test_kernels_that_hold_a_memory_equal_the_equations(case, monkeypatch):
     # parts of several tiles, in a time that the interpreter can do
     monkeypatch.setattr(tiling, "device_limits", lambda device: (6, 232_448))
-    check_resident(replace(case, tokens=300), CPU, monkeypatch)
+    check_resident(replace(case, tokens=min(case.tokens, 304)), CPU, monkeypatch)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -199,6 +223,40 @@ def test_gradients_of_one_output_alone(which):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradients_of_one_output_alone_of_kernels_that_hold_a_memory(which, monkeypatch):
+    monkeypatch.setattr(tiling, "device_limits", lambda device: (6, 232_448))
+    case = Case(**RESIDENT | {"tokens": 304}, biases=False)
+    tensors, _ = operands(case, CPU)
+    weights = torch.randn(case.batch, 1, case.tokens, case.slots).bfloat16()
+
+    def gradients(module, dtype):
+        leaves = [tensors[n].to(dtype).requires_grad_() for n in NAMES[:3]]
+        outputs = module.multi_head_external_attention(*leaves, num_heads=1)
+        # the gradient of a sum is expanded from one number: its strides are 0
+        loss = outputs[0].sum() if which == 0 else (outputs[1] * weights.to(dtype)).sum()
+        return torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    exact, plain = gradients(reference, torch.float64), gradients(eager, torch.bfloat16)
+    actual = gradients(custom_op, torch.bfloat16)
+    for found, near, expected in zip(actual, plain, exact, strict=True):
+        error, plain_error, scale = (
+            tensor.abs().max().item()
+            for tensor in (found.double() - expected, near.double() - expected, expected)
+        )
+        assert error <= allowed_error(plain_error, scale, torch.bfloat16)
+
+
+def test_biases_may_stay_float32_beside_half_memories():
+    x = torch.ones(1, 700, 40, dtype=torch.float16)
+    memories = [torch.randn(4, 40, dtype=torch.float16).requires_grad_() for _ in range(2)]
+    bias = torch.zeros(40, requires_grad=True)
+    out = external_attention(x, *memories, memory_value_bias=bias, backend="triton")
+    # sums beyond 65504, the end of float16
+    (gradient,) = torch.autograd.grad(out, bias, torch.full_like(out, 100.0))
+    assert torch.equal(gradient, torch.full_like(bias, 70_000.0))
+
+
 def test_memories_may_stay_float32_beside_half_tokens():
     case = Case(dtype=torch.bfloat16, heads=2)
     tensors, mask = operands(case, CPU)
@@ -301,6 +359,35 @@ def test_who_watches_sees_operators():
     assert "eanet.external_attention_backward.default" in watch.seen
 
 
+def test_what_a_tensor_stands_for_counts():
+    memory = torch.randn(5, 8)
+    negative = torch.randn(2, 9, 8, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(
+        external_attention(negative, memory, backend="triton"),
+        external_attention(negative.clone(), memory, backend="eager"),
+    )
+    x = torch.randn(2, 9, 8, requires_grad=True)
+    out = external_attention(x, memory, backend="triton")
+    cotangents = torch.randn(3, 2, 9, 8)
+    mapped = torch.autograd.grad(out, x, cotangents, retain_graph=True, is_grads_batched=True)[0]
+    one_by_one = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in cotangents]
+    torch.testing.assert_close(mapped, torch.stack(one_by_one))
+
+
+def test_a_trace_holds_the_operator(without_shape_checks):
+    x, memory = torch.randn(2, 9, 8), torch.randn(5, 8)
+
+    def attend(x, memory):
+        return external_attention(x, memory, backend="triton")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # shapes are checked with Python's numbers
+        traced = torch.jit.trace(attend, (x, memory))
+    assert "eanet::external_attention" in str(traced.graph)
+    torch.testing.assert_close(traced(x, memory), attend(x, memory))
+
+
 def test_functions_are_mapped():
     x, memory = torch.randn(3, 9, 8), torch.randn(5, 8)
     attend = torch.func.vmap(lambda x: external_attention(x[None], memory, backend="triton")[0])
@@ -342,8 +429,9 @@ def test_second_derivatives_equal_those_of_the_eager_backend(norm):
     found = {}
     for backend in ("triton", "eager"):
         out = multi_head_external_attention(x, memory, num_heads=2, norm=norm, backend=backend)
-        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-        found[backend] = torch.autograd.grad(gradient.square().sum(), (x, memory))
+        first = torch.autograd.grad(out.square().sum(), (x, memory), create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in first)
+        found[backend] = first + torch.autograd.grad(loss, (x, memory))
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 

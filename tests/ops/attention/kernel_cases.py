@@ -82,11 +82,14 @@ CASES = [
     Case(slots=5, channels=40, tokens=300, scale=25.0, dtype=torch.float16, layout="tokens last"),
     *both_norms(residual=True, value_channels=12, heads=4, batch=1, mask="padded"),
     Case(residual=True, value_channels=12, layout="tokens last", dtype=torch.bfloat16),
+    # gradients that nearly cancel
+    Case(dtype=torch.bfloat16, slots=1, channels=40, value_channels=40),
+    Case(dtype=torch.bfloat16, tokens=1, channels=40, value_channels=40),
 ]
 
 #: what the kernels that hold a memory on chip take: bfloat16, the double normalization, few slots
 RESIDENT = {
-    "dtype": torch.bfloat16, "tokens": 1100, "channels": 40, "value_channels": 40,
+    "dtype": torch.bfloat16, "tokens": 1104, "channels": 40, "value_channels": 40,
 }  # fmt: skip
 RESIDENT_CASES = [
     Case(**RESIDENT),
@@ -99,6 +102,8 @@ RESIDENT_CASES = [
     Case(**RESIDENT, scale=25.0, batch=4),
     Case(**RESIDENT, eps=0.01),
     Case(**RESIDENT | {"channels": 64, "value_channels": 64}, slots=16, tied=True),
+    # one part of one tile
+    Case(**RESIDENT | {"tokens": 20}),
 ]
 
 
@@ -223,8 +228,9 @@ def check_resident(case, device, monkeypatch):
         for name in ("keep_exponentials", "backward"):
             patch.setattr(resident, name, spied(name, getattr(resident, name)))
         check(case, device)
-    forward = [] if case.layout == "tokens last" else ["keep_exponentials"]
-    assert used == [*forward, "backward"]
+    # tokens of one tile need no first pass
+    holds = case.layout != "tokens last" and case.tokens > 64
+    assert used == [*(["keep_exponentials"] if holds else []), "backward"]
 
 
 def check_dropout(case, device, probability):

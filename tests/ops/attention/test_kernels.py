@@ -114,3 +114,36 @@ def test_kernels_compile_for_a_gpu(compiled, token_dtype, norm, channels, slots,
         assert "wgmma.mma_async" in compiled["mix"].asm["ptx"], "tensor cores are not used"
     if token_dtype == torch.float32:
         assert "tf32" not in compiled["mix"].asm["ptx"], "float32 lost digits"
+
+
+@without_gpu
+@pytest.mark.parametrize("layout", ["tokens last", "channels last"])
+@pytest.mark.parametrize(("tokens", "channels", "slots"), [(16_384, 512, 64), (320, 40, 10)])
+def test_kernels_that_hold_a_memory_compile_for_a_gpu(
+    compiled, monkeypatch, tokens, channels, slots, layout
+):
+    from eanet.ops.attention import launch, tiling
+
+    monkeypatch.setattr(tiling, "device_limits", lambda device: (132, SHARED_BYTES))
+    x = torch.zeros(2, tokens, channels, dtype=torch.bfloat16)
+    if layout == "tokens last":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    memory = torch.zeros(slots, channels, dtype=torch.bfloat16)
+    kept = x.new_zeros(2, 1, tokens, slots), torch.zeros(2, 1, tokens)
+    problem = launch.Problem(1, "double", 1e-9, 0.0, residual=False)
+
+    launch.forward(
+        x, memory, memory, None, None, None, None, problem,
+        out=torch.zeros_like(x), attention=kept[0], denominator=kept[1],
+    )  # fmt: skip
+    launch.backward(
+        x, None, x, memory, memory, None, None, None, None, problem, kept=kept,
+        grad_x=torch.zeros_like(x), grad_memories=x.new_zeros(2 * memory.numel() + channels),
+    )  # fmt: skip
+
+    first = "token_statistics" if layout == "tokens last" else "slot_exponentials"
+    assert compiled.keys() == {first, "mix", "value_side", "key_side", "add_parts"}
+    for name, kernel in compiled.items():
+        assert kernel.metadata.shared <= SHARED_BYTES, name
+    for name in ("value_side", "key_side"):
+        assert "wgmma.mma_async" in compiled[name].asm["ptx"], "tensor cores are not used"

@@ -9,7 +9,7 @@ tokens to the type of an active autocast region; memories and biases may stay fl
 """
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -198,13 +198,14 @@ def _compute_backward(
     dropout: float,
     residual: bool,
     with_value_bias: bool = True,
+    sums_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of x, and those that are sums over tokens.
 
     They are those of both memories and of the value bias side by side, and of the key bias.
     """
     launch = _launch_for(x)
-    gradients = _allocate_gradients(x, memory_key, memory_value, memory_key_bias)
+    gradients = _allocate_gradients(x, memory_key, memory_value, memory_key_bias, sums_dtype)
     grad_x, grad_memories, grad_key_bias = gradients
     if x.numel() == 0 or grad_out.numel() == 0:
         for gradient in gradients:
@@ -236,14 +237,17 @@ _backward = torch.library.custom_op(
 
 
 def _allocate_gradients(
-    x: Tensor, memory_key: Tensor, memory_value: Tensor, memory_key_bias: Tensor | None
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    memory_key_bias: Tensor | None,
+    sums_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate the outputs of the backward operator, sums in the type that both memories have."""
+    """Allocate the outputs of the backward operator."""
     num_sums = memory_key.numel() + memory_value.numel() + memory_value.shape[1]
-    dtype = torch.promote_types(memory_key.dtype, memory_value.dtype)
     return (
         _new_tokens(x, x.shape[2]),
-        x.new_empty((num_sums,), dtype=dtype),
+        x.new_empty((num_sums,), dtype=sums_dtype),
         x.new_empty((0 if memory_key_bias is None else memory_key.shape[0],), dtype=torch.float32),
     )
 
@@ -267,8 +271,9 @@ def _(
     dropout: float,
     residual: bool,
     with_value_bias: bool = True,
+    sums_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(x, memory_key, memory_value, memory_key_bias)
+    return _allocate_gradients(x, memory_key, memory_value, memory_key_bias, sums_dtype)
 
 
 def _setup_context(
@@ -294,13 +299,17 @@ def _differentiate(
         grad_out = x.new_zeros((*x.shape[:2], num_heads * memory_value.shape[1]))
     if grad_attention is not None and grad_attention.numel() == 0:
         grad_attention = None
-    compute: Any = _compute_backward if _is_plain(grad_out, grad_attention, x) else _backward
-    grad_x, sums, grad_key_bias = cast(
-        "tuple[Tensor, Tensor, Tensor]",
-        compute(
+    # sums are rounded once, where all that are written together have the same type
+    dtypes = {t.dtype for t in (memory_key, memory_value, value_bias) if t is not None}
+    sums_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    tensors = (
         grad_out, grad_attention, x, memory_key, memory_value, key_bias, mask, seed, *kept,
-        *ctx.options, value_bias is not None,
-    ))  # fmt: skip
+    )  # fmt: skip
+    compute: Any = _compute_backward if _is_plain(*tensors) else _backward
+    gradients_of_operands: tuple[Tensor, Tensor, Tensor] = compute(
+        *tensors, *ctx.options, value_bias is not None, sums_dtype
+    )
+    grad_x, sums, grad_key_bias = gradients_of_operands
     shapes = (memory_key.shape, memory_value.shape, memory_value.shape[1:])
     parts = torch.split(sums, [shape.numel() for shape in shapes])
     grad_key, grad_value, grad_value_bias = (
@@ -320,6 +329,8 @@ def _differentiate_twice(
 ) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients, by way of the eager form."""
     x, memory_key, memory_value, key_bias, value_bias, mask, *_ = ctx.saved_tensors
+    # a memory that is both has a gradient as either
+    memory_key, memory_value = memory_key.view_as(memory_key), memory_value.view_as(memory_value)
     num_heads, norm, eps, dropout, residual = ctx.options
     if dropout > 0:
         raise ValueError("attention_dropout has no second derivative here; use backend='eager'")
@@ -368,17 +379,28 @@ class _Direct(torch.autograd.Function):
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Tell whether these are tensors with memory of their own, and nobody traces what is done.
 
-    Tracers, fake tensors, the meta device, ``torch.func`` and modes that count or record need the
-    operator.
+    Tracers, fake tensors, the meta device, tensors that stand for several or for the negative of
+    what is in memory, ``torch.func`` and modes that count or record need the operator.
     """
+    watchers: Any = torch._C  # pyright: ignore[reportPrivateUsage]
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-        and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
-        and all(
-            tensor is None or (type(tensor) in (Tensor, Parameter) and not tensor.is_meta)
-            for tensor in tensors
-        )
+        and watchers._get_tracing_state() is None
+        and not watchers._are_functorch_transforms_active()
+        and watchers._len_torch_dispatch_stack() == 0
+        and watchers._len_torch_function_stack() == 0
+        and all(tensor is None or _has_memory(tensor) for tensor in tensors)
+    )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Tell whether what is in the memory of a tensor are its numbers."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and not tensor.is_meta
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()  # pyright: ignore[reportPrivateUsage]
+        and torch._C._has_storage(tensor)  # pyright: ignore[reportPrivateUsage]
     )
 
 
@@ -444,10 +466,12 @@ def fused_external_attention(
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    # the map spares the backward pass a reading of x, where it is small beside x
+    # the map spares the backward pass a reading of x, where it is small beside x; of one slot or
+    # one token the gradient nearly cancels, which takes all digits
     operands = (x, memory_key, values, memory_key_bias, memory_value_bias)
     differentiable = _needs_gradient(*operands)
-    keeps = memory_key.shape[0] * 4 <= memory_key.shape[1] and differentiable
+    num_slots, num_channels = memory_key.shape
+    keeps = differentiable and 1 < num_slots <= num_channels // 4 and x.shape[1] > 1
     if not _is_plain(*operands, mask, seed):
         compute = _forward
     elif differentiable:

@@ -14,8 +14,9 @@ Forward, two passes over the tokens::
 
 The second pass reads what the first one kept where that is smaller than the tokens, and x again
 where not: logits in float32, or with tokens of bfloat16 E = exp(L - largest logit of the tile) in
-bfloat16, with the rounding that the attention gets anyway before it is multiplied. An exponential
-below the smallest number is 0; beside an eps of usual size it does not count, see ``launch.py``.
+bfloat16, a rounding of the size of the one that the attention gets before it is multiplied. An
+exponential below the smallest number is 0; beside an eps of usual size it does not count, see
+``launch.py``.
 
 The backward pass is in ``gradient_kernels.py``; kernels for some layouts that hold a whole memory
 on chip are in ``resident_kernels.py``.

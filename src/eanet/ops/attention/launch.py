@@ -52,11 +52,11 @@ class Tilings:
     """A tiling for each kernel, and into how many parts sums over the tokens are cut.
 
     Attributes:
-        statistics: of the first kernel forward.
-        mix: of the second.
-        attention_gradient: of the first kernel backward.
-        key_gradient: of the second.
-        value_gradient: of the third.
+        statistics: of ``token_statistics``.
+        mix: of ``mix``.
+        attention_gradient: of the kernel of that name, as the following two.
+        key_gradient: its programs do a slice of channels.
+        value_gradient: likewise.
         statistics_programs: about how many programs share the sums over tokens forward.
         num_programs: about how many share those backward.
         resident: of the kernels that hold a memory on chip; ``None`` where they are not used.
@@ -90,26 +90,32 @@ def _block_slots(num_slots: int) -> int:
     return _power_of_two(num_slots, 16, MAX_SLOTS)
 
 
-def choose_tilings(x: Tensor, num_slots: int, num_channels: int) -> Tilings:
+def choose_tilings(x: Tensor, num_slots: int, num_channels: int, num_heads: int = 1) -> Tilings:
     """Choose tiles that fit into registers, and enough programs to fill the device.
 
     Args:
         x: tokens (batch, tokens, channels).
         num_slots: S.
         num_channels: the wider of key and value channels of a head.
+        num_heads: H.
 
     Raises:
         ValueError: more than 256 slots.
     """
-    return _choose_tilings(TokenLayout.of(x), num_slots, num_channels)
+    return _choose_tilings(TokenLayout.of(x), num_slots, num_channels, num_heads)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose_tilings(layout: TokenLayout, num_slots: int, num_channels: int) -> Tilings:
+def _choose_tilings(
+    layout: TokenLayout, num_slots: int, num_channels: int, num_heads: int
+) -> Tilings:
     """Choose once; choosing takes as long as a small kernel."""
     block_slots = _block_slots(num_slots)
-    batch, num_tokens, width = layout.shape
+    batch, num_tokens, _ = layout.shape
+    num_pairs = batch * num_heads
     multiprocessors = layout.multiprocessors
+    # GPUs for desktops have less memory on chip
+    fewer_stages = 1 if layout.shared_bytes < 128 * 1024 else 0
 
     def tiling(block_tokens: int, block_channels: int, num_stages: int = 3) -> Tiling:
         # stated for 64 slots; tiles with more of them have fewer tokens
@@ -121,11 +127,10 @@ def _choose_tilings(layout: TokenLayout, num_slots: int, num_channels: int) -> T
             block_tokens=block_tokens,
             block_channels=_power_of_two(num_channels, 16, block_channels),
             num_warps=8 if block_tokens * block_slots > 8192 else 4,
-            num_stages=num_stages,
+            num_stages=num_stages - fewer_stages,
         )
 
     # a pair of one block needs no pass before the second, but has one program
-    num_pairs = batch * (width // num_channels)
     alone = block_slots <= 64 and num_tokens <= 256 and 4 * num_pairs >= multiprocessors
     if layout.dtype == torch.float32:  # no tensor cores: tiles are held in registers
         general = tiling(64, 32)
@@ -138,7 +143,7 @@ def _choose_tilings(layout: TokenLayout, num_slots: int, num_channels: int) -> T
             statistics_programs=16 * multiprocessors,
             num_programs=2 * multiprocessors,
         )
-    # the fastest of those tried on an H200 at 8 x 512 x 128 x 128, see ``eanet bench tilings``
+    # the fastest of those tried on an H200 at 8 x 512 x 128 x 128
     return Tilings(
         statistics=tiling(128, 64, num_stages=4),
         mix=tiling(256 if alone else 64, 64),
@@ -147,7 +152,7 @@ def _choose_tilings(layout: TokenLayout, num_slots: int, num_channels: int) -> T
         value_gradient=tiling(128, 64),
         statistics_programs=2 * multiprocessors,
         num_programs=2 * multiprocessors,
-        resident=resident.choose_tilings(layout, num_slots, num_channels),
+        resident=resident.choose_tilings(layout, num_slots, num_channels, num_pairs),
     )
 
 
@@ -236,7 +241,9 @@ def forward(
     num_value_channels = memory_value.shape[1]
     memory_key, memory_value = (m.to(x.dtype).contiguous() for m in (memory_key, memory_value))
     mask = None if mask is None else mask.contiguous()
-    tilings = tilings or choose_tilings(x, num_slots, max(num_channels, num_value_channels))
+    tilings = tilings or choose_tilings(
+        x, num_slots, max(num_channels, num_value_channels), problem.num_heads
+    )
     num_pairs = batch * problem.num_heads
     num_blocks = ceil_div(num_tokens, tilings.mix.block_tokens)
     alone = problem.double and num_blocks == 1
@@ -323,41 +330,78 @@ def backward(
     """Run the backward kernels; arguments as for :func:`forward`.
 
     Written are ``grad_x``; ``grad_memories``, which holds the gradients of memory_key, memory_value
-    and value_bias side by side, the last one only ``with_value_bias``; and ``grad_key_bias``.
+    and value_bias side by side; and ``grad_key_bias``. That of value_bias counts only
+    ``with_value_bias``: kernels may leave it out.
 
     With ``kept``, the attention and denominator that the forward pass wrote, x is read once, else
-    twice. Scratch memory: float32 of (B, H, N, S), without ``kept`` twice that, and partial memory
-    gradients.
+    twice. Scratch memory is one map (B, H, N, S), without ``kept`` two in float32, and a gradient
+    of the memories for each of the programs that share the sums.
     """
-    batch, num_tokens, _ = x.shape
     num_slots, num_channels = memory_key.shape
     num_value_channels = memory_value.shape[1]
     memory_key, memory_value = (m.to(x.dtype).contiguous() for m in (memory_key, memory_value))
     grad_out = grad_out.to(x.dtype)
     mask = None if mask is None else mask.contiguous()
     grad_attention = None if grad_attention is None else grad_attention.contiguous()
-    tilings = tilings or choose_tilings(x, num_slots, max(num_channels, num_value_channels))
-    if (
-        tilings.resident is not None
-        and kept is not None
-        and problem.double
-        and seed is None
-        and num_channels == num_value_channels
-        and not is_long(
-            resident.MOST_TOKENS, resident.MOST_CHANNELS, grad_out.stride(), grad_x.stride()
-        )
-    ):
-        with torch.cuda.device_of(x):
-            partial_key, partial_values = resident.backward(
-                grad_out, grad_attention, x, memory_key, memory_value, mask, problem,
-                attention=kept[0], denominator=kept[1], with_value_bias=with_value_bias,
-                grad_x=grad_x, tilings=tilings.resident,
+    tilings = tilings or choose_tilings(
+        x, num_slots, max(num_channels, num_value_channels), problem.num_heads
+    )
+    holding = tilings.resident
+    tensors = (grad_out, grad_attention, x, memory_key, memory_value)
+    with torch.cuda.device_of(x):
+        if (
+            holding is not None
+            and kept is not None
+            and seed is None
+            and resident.takes_gradients(grad_out, grad_x, memory_key, memory_value, problem)
+        ):
+            partials = resident.backward(
+                *tensors, mask, problem, attention=kept[0], denominator=kept[1],
+                with_value_bias=with_value_bias, grad_x=grad_x, tilings=holding,
             )  # fmt: skip
-            _add_parts(partial_key, grad_memories[: memory_key.numel()])
-            _add_parts(partial_values, grad_memories[memory_key.numel() :])
-        if grad_key_bias is not None:
+            weighted_sum = None
+        else:
+            partial_sums, weighted_sum = _general_backward(
+                *tensors, key_bias, mask, seed, statistics, problem,
+                kept=kept, grad_x=grad_x, tilings=tilings,
+            )  # fmt: skip
+            partials = (partial_sums,)
+        sums = torch.split(grad_memories, [partial.shape[1] for partial in partials])
+        for partial, part_of_sums in zip(partials, sums, strict=True):
+            _add_parts(partial, part_of_sums)
+    if grad_key_bias is not None:
+        # under "double" the bias cancels: its gradient is zero, without rounding
+        if weighted_sum is None or problem.double:
             grad_key_bias.zero_()
-        return
+        else:
+            torch.sum(weighted_sum, 0, out=grad_key_bias)
+
+
+def _general_backward(
+    grad_out: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    key_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    statistics: Tensor | None,
+    problem: Problem,
+    *,
+    kept: tuple[Tensor, Tensor] | None,
+    grad_x: Tensor,
+    tilings: Tilings,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels that take tokens of any kind; arguments as for :func:`backward`.
+
+    Returns:
+        In float32: gradients of both memories and of value_bias side by side, for parts of the
+        tokens (parts, numbers); and w summed over the tokens (B * H, S).
+    """
+    batch, num_tokens, _ = x.shape
+    num_slots, num_channels = memory_key.shape
+    num_value_channels = memory_value.shape[1]
     tiling = tilings.attention_gradient
     num_pairs = batch * problem.num_heads
     num_splits, tokens_per_split = split_tokens(
@@ -386,35 +430,31 @@ def backward(
     lengths = [num_slots * num_channels, num_slots * num_value_channels, num_value_channels]
     partial_sums = partial.new_empty((num_runs, sum(lengths)))
     partial_key, *partial_values = torch.split(partial_sums, lengths, dim=1)
-    with torch.cuda.device_of(x):
-        options = _launch_options(tiling, num_slots, x, grad_out)
-        gradient_kernels.attention_gradient[(num_pairs * num_splits,)](
-            x, grad_out, grad_attention, memory_key, memory_value,
-            _operand(key_bias, torch.float32), mask, seed, statistics,
-            attention, denominator, weighted, partial,
-            num_pairs, *sizes, *x.stride(), *grad_out.stride(),
-            num_splits, tokens_per_split, problem.log_eps, problem.dropout,
-            DOUBLE=problem.double, KEPT=kept is not None, **options,
-        )  # fmt: skip
-        weighted_sum = partial.sum(1)
-        gradient_kernels.value_gradient[(num_runs * value_blocks.num_slices,)](
-            grad_out, mask, seed, attention, *partial_values, partial_sums.stride(0),
-            problem.num_heads, num_tokens, num_slots, num_value_channels, *grad_out.stride(),
-            *value_blocks.arguments(num_runs), problem.dropout,
-            **_launch_options(tilings.value_gradient, num_slots, grad_out),
-        )  # fmt: skip
-        gradient_kernels.key_gradient[(num_runs * key_blocks.num_slices,)](
-            x, grad_out, memory_key, mask, attention, denominator, weighted, weighted_sum,
-            grad_x, partial_key, partial_sums.stride(0),
-            problem.num_heads, num_tokens, num_slots, num_channels,
-            *x.stride(), *grad_out.stride(), *grad_x.stride(), *key_blocks.arguments(num_runs),
-            DOUBLE=problem.double, RESIDUAL=problem.residual, SCALED=x.dtype == torch.float16,
-            **_launch_options(tilings.key_gradient, num_slots, x, grad_out, grad_x),
-        )  # fmt: skip
-        _add_parts(partial_sums, grad_memories)
-    if grad_key_bias is not None:
-        # under "double" the bias cancels: its gradient is zero, without rounding
-        torch.sum(weighted_sum[:0] if problem.double else weighted_sum, 0, out=grad_key_bias)
+    options = _launch_options(tiling, num_slots, x, grad_out)
+    gradient_kernels.attention_gradient[(num_pairs * num_splits,)](
+        x, grad_out, grad_attention, memory_key, memory_value,
+        _operand(key_bias, torch.float32), mask, seed, statistics,
+        attention, denominator, weighted, partial,
+        num_pairs, *sizes, *x.stride(), *grad_out.stride(),
+        num_splits, tokens_per_split, problem.log_eps, problem.dropout,
+        DOUBLE=problem.double, KEPT=kept is not None, **options,
+    )  # fmt: skip
+    weighted_sum = partial.sum(1)
+    gradient_kernels.value_gradient[(num_runs * value_blocks.num_slices,)](
+        grad_out, mask, seed, attention, *partial_values, partial_sums.stride(0),
+        problem.num_heads, num_tokens, num_slots, num_value_channels, *grad_out.stride(),
+        *value_blocks.arguments(num_runs), problem.dropout,
+        **_launch_options(tilings.value_gradient, num_slots, grad_out),
+    )  # fmt: skip
+    gradient_kernels.key_gradient[(num_runs * key_blocks.num_slices,)](
+        x, grad_out, memory_key, mask, attention, denominator, weighted, weighted_sum,
+        grad_x, partial_key, partial_sums.stride(0),
+        problem.num_heads, num_tokens, num_slots, num_channels,
+        *x.stride(), *grad_out.stride(), *grad_x.stride(), *key_blocks.arguments(num_runs),
+        DOUBLE=problem.double, RESIDUAL=problem.residual, SCALED=x.dtype == torch.float16,
+        **_launch_options(tilings.key_gradient, num_slots, x, grad_out, grad_x),
+    )  # fmt: skip
+    return partial_sums, weighted_sum
 
 
 def _add_parts(partial: Tensor, sums: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eanet.ops.attention import resident_kernels as _kernels
 from eanet.ops.attention.tiling import (
+    HOPPER_SHARED_BYTES,
     Kept,
     Problem,
     Tiling,
@@ -24,7 +25,7 @@ from eanet.ops.attention.tiling import (
     split_tokens,
 )
 
-__all__ = ["ResidentTilings", "backward", "choose_tilings", "keep_exponentials"]
+__all__ = ["ResidentTilings", "backward", "choose_tilings", "keep_exponentials", "takes_gradients"]
 
 # a kernel's signature is not the one it is launched with
 kernels: Final[Any] = _kernels
@@ -35,8 +36,8 @@ BLOCK_SLOTS: Final = 64
 MOST_CHANNELS: Final = 512
 #: tokens of a tile
 MOST_TOKENS: Final = 64
-#: of memory on chip that the tiles take, as on Hopper and later
-SHARED_BYTES: Final = 232_448
+#: bytes on chip that a program must be able to have, as on Hopper and later
+LEAST_SHARED_BYTES: Final = HOPPER_SHARED_BYTES
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class ResidentTilings:
     """A tiling for each kernel.
 
     Attributes:
-        exponentials: of the kernel forward; ``None`` where the general one is faster.
-        exponentials_programs: about how many programs share a sum over tokens.
-        value_side: of the first kernel backward.
-        value_programs: likewise.
-        key_side: of the second, whose programs do a slice of channels.
-        key_programs: likewise.
+        exponentials: of ``slot_exponentials``; ``None`` where ``token_statistics`` is faster.
+        exponentials_programs: about how many programs share its sums over tokens.
+        value_side: of the kernel of that name, as the following.
+        value_programs: about how many programs share its sums over tokens.
+        key_side: its programs do a slice of channels.
+        key_programs: about how many there are.
     """
 
     exponentials: Tiling | None
@@ -61,7 +62,7 @@ class ResidentTilings:
 
 
 def choose_tilings(
-    layout: TokenLayout, num_slots: int, num_channels: int
+    layout: TokenLayout, num_slots: int, num_channels: int, num_pairs: int
 ) -> ResidentTilings | None:
     """Choose tiles for a GPU whose programs have 227 KiB on chip; ``None`` where others are better.
 
@@ -69,22 +70,24 @@ def choose_tilings(
         layout: of the tokens.
         num_slots: S.
         num_channels: the wider of key and value channels of a head.
+        num_pairs: of a sample and a head.
     """
-    batch, _, all_channels = layout.shape
     multiprocessors = layout.multiprocessors
     if (
         layout.dtype != torch.bfloat16
         or num_slots > BLOCK_SLOTS
         or num_channels > MOST_CHANNELS
-        or layout.shared_bytes < SHARED_BYTES
+        or layout.shared_bytes < LEAST_SHARED_BYTES
         # each program has sums as large as the memories
-        or batch * (all_channels // num_channels) > multiprocessors
+        or num_pairs > multiprocessors
+        # tokens that do not begin at multiples of 16 are copied one by one
+        or (layout.tokens_last and layout.strides[2] % 16 != 0)
         or is_long(MOST_TOKENS, MOST_CHANNELS, layout.strides)
     ):
         return None
     width = max(64, next_power_of_two(num_channels))
     key_side = Tiling(64, min(width, 128), num_warps=4, num_stages=3)
-    # the fastest of those tried on an H200 at 8 x 512 x 128 x 128, see ``eanet bench tilings``
+    # the fastest of those tried on an H200 at 8 x 512 x 128 x 128
     if layout.tokens_last:
         value_side = Tiling(64, width, num_warps=8, num_stages=2)
         return ResidentTilings(None, 0, value_side, multiprocessors, key_side, 2 * multiprocessors)
@@ -97,6 +100,25 @@ def choose_tilings(
         value_programs=programs * multiprocessors,
         key_side=key_side,
         key_programs=2 * multiprocessors,
+    )
+
+
+def takes_gradients(
+    grad_out: Tensor, grad_x: Tensor, memory_key: Tensor, memory_value: Tensor, problem: Problem
+) -> bool:
+    """Tell whether :func:`backward` can be used where there are tilings for the tokens.
+
+    Args:
+        grad_out: gradient of the result.
+        grad_x: to be written.
+        memory_key: M_k (S, C).
+        memory_value: M_v (S, V).
+        problem: heads, norm.
+    """
+    return (
+        problem.double
+        and memory_key.shape == memory_value.shape
+        and not is_long(MOST_TOKENS, MOST_CHANNELS, grad_out.stride(), grad_x.stride())
     )
 
 
@@ -186,7 +208,7 @@ def backward(
         grad_x, partial_key, partial_key.stride(0),
         *sizes, *x.stride(), *grad_out.stride(), *grad_x.stride(),
         num_slices, *key_parts, parts[0],
-        BLOCK_SPLITS=next_power_of_two(parts[0]), RESIDUAL=problem.residual,
+        BLOCK_SPLITS=split_rows(parts[0], BLOCK_SLOTS), RESIDUAL=problem.residual,
         TOKENS_LAST=grad_x.stride(1) < grad_x.stride(2),
         **launch_options(tilings.key_side, BLOCK_SLOTS),
     )  # fmt: skip

@@ -253,7 +253,7 @@ def value_side(
         factors = weights.to(tl.float32)
         mean = tl.sum(factors * gradient, axis=0)
         weighted = (factors * (gradient - mean[None, :])).to(weighted_out.dtype.element_ty)
-        # what is added are the rounded numbers: where all tokens are equal, w - P * sum(w) is 0
+        # what is added are the rounded numbers, so that their rounding cancels in w - P * sum(w)
         weighted_total += tl.sum(weighted.to(tl.float32), axis=1)
         tl.store(
             _map_columns(
@@ -327,13 +327,17 @@ def key_side(
     channels = first_channel + tl.arange(0, BLOCK_C)
     channel_exists = channels < num_channels
     keys = _load_memory(memory_key, first_channel, num_slots, num_channels, BLOCK_S, BLOCK_C)
-    splits = tl.arange(0, BLOCK_SPLITS)
-    weighted_sums = tl.load(
-        partial_weighted + (pair * weighted_splits + splits[:, None]) * num_slots + slots[None, :],
-        mask=(splits < weighted_splits)[:, None] & slot_exists[None, :],
-        other=0.0,
-    )
-    weighted_sum = tl.sum(weighted_sums, axis=0)
+    weighted_sum = tl.zeros([BLOCK_S], dtype=tl.float32)
+    for first_split in range(0, weighted_splits, BLOCK_SPLITS):
+        splits = first_split + tl.arange(0, BLOCK_SPLITS)
+        weighted_sums = tl.load(
+            partial_weighted
+            + (pair * weighted_splits + splits[:, None]) * num_slots
+            + slots[None, :],
+            mask=(splits < weighted_splits)[:, None] & slot_exists[None, :],
+            other=0.0,
+        )
+        weighted_sum += tl.sum(weighted_sums, axis=0)
     total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)

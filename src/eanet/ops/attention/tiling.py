@@ -4,12 +4,13 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "HOPPER_SHARED_BYTES",
     "Kept",
     "Problem",
     "Tiling",
@@ -22,6 +23,10 @@ __all__ = [
     "split_rows",
     "split_tokens",
 ]
+
+
+#: bytes on chip that a program of an H100 or H200 may have
+HOPPER_SHARED_BYTES: Final = 232_448
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class TokenLayout:
 def device_limits(device: torch.device) -> tuple[int, int]:
     """Return multiprocessors of a device, and bytes on chip that a program may have."""
     if device.type != "cuda":  # the interpreter has one, as large as that of a Hopper GPU
-        return 1, 232_448
+        return 1, HOPPER_SHARED_BYTES
     properties = cast("Any", torch.cuda.get_device_properties)(device)
     return (
         int(properties.multi_processor_count),
