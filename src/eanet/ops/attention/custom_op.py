@@ -364,7 +364,10 @@ _forward.register_autograd(  # pyright: ignore[reportUnknownMemberType]
 
 
 class _Direct(torch.autograd.Function):
-    """The operator without its registration, which costs more than a kernel of few tokens."""
+    """The operator without its registration, which costs more than a kernel of few tokens.
+
+    See ``docs/decisions/0014-calls-without-the-operator.md``.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
