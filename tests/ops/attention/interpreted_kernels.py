@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
@@ -349,6 +350,24 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.seen.add(str(function))
         return function(*args, **(kwargs or {}))
+
+
+class WatchFunctions(TorchFunctionMode):
+    """Writes down the functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_functions_sees_the_operator():
+    with WatchFunctions() as watch:
+        external_attention(torch.randn(2, 9, 8), torch.randn(5, 8), backend="triton")
+    assert "eanet.external_attention.default" in watch.seen
 
 
 def test_who_watches_sees_operators():
