@@ -95,6 +95,15 @@ def test_the_fastest_call_counts(monkeypatch):
     assert len(calls) == 5  # two to warm up, three on the clock
 
 
+def test_short_calls_go_on_for_a_while(monkeypatch):
+    # each call takes a millisecond; fifty of them would end within one moment without the core
+    readings = itertools.count(step=0.001)
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: next(readings))
+    calls = []
+    fastest_seconds(lambda: calls.append(0), CPU, budget_seconds=0.3)
+    assert 100 <= len(calls) - 2 <= 102
+
+
 def test_the_clock_is_a_real_one():
     seconds = fastest_seconds(lambda: time.sleep(0.02), CPU, budget_seconds=0.0)
     assert 0.02 <= seconds < 2

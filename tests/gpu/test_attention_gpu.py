@@ -14,7 +14,7 @@ from eanet.nn.external_attention import (
     ExternalAttention2d,
     MultiHeadExternalAttention,
 )
-from eanet.ops.attention import custom_op, external_attention
+from eanet.ops.attention import custom_op, external_attention, operators
 from tests.ops.attention.kernel_cases import (
     CASES,
     MUTANTS,
@@ -227,8 +227,8 @@ def test_modules_take_the_kernels_by_themselves(make, training, gpu, monkeypatch
     module, shape = make()
     module.to(gpu).train(training)
     x = torch.randn(shape, device=gpu, requires_grad=True)
-    calls, launch = [], custom_op._launch_for
-    monkeypatch.setattr(custom_op, "_launch_for", lambda x: calls.append(x) or launch(x))
+    calls, launch = [], operators._launch_for
+    monkeypatch.setattr(operators, "_launch_for", lambda x: calls.append(x) or launch(x))
     found = {}
     for module.backend in (None, "eager"):
         out = module(x)

@@ -7,7 +7,6 @@ setting changes them. Rates are those of the fastest repetition: a limit is what
 not what is usual.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -163,12 +162,8 @@ def fastest_seconds(
         call()
     _wait_for(device)
     least_seconds = min(LEAST_SECONDS, budget_seconds)
-    fastest = math.inf
-    spent = 0.0
-    for repeat in itertools.count():
-        long_enough = spent >= (budget_seconds if repeat < most_repeats else least_seconds)
-        if repeat >= 3 and long_enough:
-            return fastest / calls
+    fastest, spent, repeats = math.inf, 0.0, 0
+    while repeats < 3 or spent < (budget_seconds if repeats < most_repeats else least_seconds):
         start = time.perf_counter()
         for _ in range(calls):
             call()
@@ -176,7 +171,8 @@ def fastest_seconds(
         seconds = time.perf_counter() - start
         fastest = min(fastest, seconds)
         spent += seconds
-    raise AssertionError("counting does not end")
+        repeats += 1
+    return fastest / calls
 
 
 def replayed_seconds(

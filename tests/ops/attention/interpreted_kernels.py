@@ -30,6 +30,7 @@ from eanet.ops.attention import (
     kernels,
     launch,
     multi_head_external_attention,
+    operators,
     reference,
     tiling,
 )
@@ -392,6 +393,8 @@ def test_what_a_tensor_stands_for_counts():
     mapped = torch.autograd.grad(out, x, cotangents, retain_graph=True, is_grads_batched=True)[0]
     one_by_one = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in cotangents]
     torch.testing.assert_close(mapped, torch.stack(one_by_one))
+    nothing = torch._efficientzerotensor(out.shape)
+    assert not torch.autograd.grad(out, x, nothing)[0].any()
 
 
 def test_a_trace_holds_the_operator(without_shape_checks):
@@ -497,8 +500,8 @@ def test_modules_call_the_kernels(make, masked, monkeypatch):
     if masked:
         mask = torch.arange(9 if len(shape) == 3 else 20).lt(7).expand(2, -1)
         mask = mask if len(shape) == 3 else mask.unflatten(1, shape[2:])
-    calls, launch = [], custom_op._launch_for
-    monkeypatch.setattr(custom_op, "_launch_for", lambda x: calls.append(x) or launch(x))
+    calls, launch = [], operators._launch_for
+    monkeypatch.setattr(operators, "_launch_for", lambda x: calls.append(x) or launch(x))
     found = {}
     for module.backend in ("eager", "triton"):
         out = module(x, mask)
@@ -511,7 +514,7 @@ def test_modules_call_the_kernels(make, masked, monkeypatch):
 
 
 def test_streams_and_the_eager_backend_leave_the_kernels_alone(monkeypatch):
-    monkeypatch.setattr(custom_op, "_launch_for", None)
+    monkeypatch.setattr(operators, "_launch_for", None)
     module, shape = MODULES["heads"]()
     module(torch.randn(shape))  # chosen by the device: a CPU
     with stream(module, chunk_tokens=4):

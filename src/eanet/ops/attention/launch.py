@@ -1,6 +1,6 @@
 """Launch the Triton kernels: sizes of tiles, scratch memory, and the sums of partial results.
 
-Importing this module imports Triton; ``custom_op.py`` does so when the backend is used.
+Importing this module imports Triton; ``operators.py`` does so when the backend is used.
 """
 
 import functools
