@@ -7,9 +7,10 @@ setting changes them. Rates are those of the fastest repetition: a limit is what
 not what is usual.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,8 @@ COPY_BYTES = 1 << 28
 #: calls of microseconds go on at least this long: all of fifty can fall into one moment in which
 #: another process has the core
 LEAST_SECONDS = 0.1
+#: multiply-adds of a product that one thread may do faster than several
+SMALL_MACS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -330,16 +333,36 @@ def limit_of(
         dtype: of the matrices.
         budget_seconds: time for each shape, beyond three repetitions.
     """
-    seconds_of = {
-        shape: _macs(shape)
-        / measure_matrix_rate(*shape, device=device, dtype=dtype, budget_seconds=budget_seconds)
-        for shape in dict.fromkeys(work.products)
-    }
+
+    def rate(shape: tuple[int, int, int]) -> float:
+        return measure_matrix_rate(
+            *shape, device=device, dtype=dtype, budget_seconds=budget_seconds
+        )
+
+    seconds_of: dict[tuple[int, int, int], float] = {}
+    for shape in dict.fromkeys(work.products):
+        best = rate(shape)
+        if device.type == "cpu" and _macs(shape) < SMALL_MACS:
+            # where threads wait for one another longer than they compute, one alone is faster
+            with _one_thread():
+                best = max(best, rate(shape))
+        seconds_of[shape] = _macs(shape) / best
     return Limit(
         at_shape=sum(seconds_of[shape] for shape in work.products),
         at_cube=work.macs / rates.cube_macs_per_second,
         by_bytes=work.num_bytes / rates.copied_bytes_per_second,
     )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Generator[None]:
+    """Let PyTorch compute with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _macs(shape: Sequence[int]) -> int:
