@@ -85,6 +85,13 @@ CASES = [
     # gradients that nearly cancel
     Case(dtype=torch.bfloat16, slots=1, channels=40, value_channels=40),
     Case(dtype=torch.bfloat16, tokens=1, channels=40, value_channels=40),
+    # exponentials kept between the passes
+    *(
+        Case(
+            dtype=torch.bfloat16, tokens=700, channels=40, value_channels=70, heads=4, layout=layout
+        )
+        for layout in ("channels last", "tokens last")
+    ),
 ]
 
 #: what the kernels that hold a memory on chip take: bfloat16, the double normalization, few slots
@@ -102,6 +109,15 @@ RESIDENT_CASES = [
     Case(**RESIDENT, scale=25.0, batch=4),
     Case(**RESIDENT, eps=0.01),
     Case(**RESIDENT | {"channels": 64, "value_channels": 64}, slots=16, tied=True),
+    # two and four slices of channels
+    Case(**RESIDENT | {"channels": 130, "value_channels": 130}, slots=32, mask="padded"),
+    Case(
+        **RESIDENT | {"channels": 260, "value_channels": 260},
+        batch=1,
+        layout="tokens last",
+        residual=True,
+        mask="padded",
+    ),
     # one part of one tile
     Case(**RESIDENT | {"tokens": 20}),
 ]
@@ -225,12 +241,14 @@ def check_resident(case, device, monkeypatch):
         return spy
 
     with monkeypatch.context() as patch:
-        for name in ("keep_exponentials", "backward"):
+        for name in ("keep_exponentials", "mix", "backward"):
             patch.setattr(resident, name, spied(name, getattr(resident, name)))
+        # where it pays or not
+        patch.setattr(resident, "takes_mix", lambda *_: True)
         check(case, device)
     # tokens of one tile need no first pass
-    holds = case.layout != "tokens last" and case.tokens > 64
-    assert used == [*(["keep_exponentials"] if holds else []), "backward"]
+    first = ["keep_exponentials"] if case.layout != "tokens last" else []
+    assert used == [*([*first, "mix"] if case.tokens > 64 else []), "backward"]
 
 
 def check_dropout(case, device, probability):

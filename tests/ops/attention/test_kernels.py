@@ -142,8 +142,10 @@ def test_kernels_that_hold_a_memory_compile_for_a_gpu(
     )  # fmt: skip
 
     first = "token_statistics" if layout == "tokens last" else "slot_exponentials"
-    assert compiled.keys() == {first, "mix", "value_side", "key_side", "add_parts"}
+    # each program of the other has a tile
+    second = "mix_exponentials" if tokens == 16_384 else "mix"
+    assert compiled.keys() == {first, second, "value_side", "key_side", "add_parts"}
     for name, kernel in compiled.items():
         assert kernel.metadata.shared <= SHARED_BYTES, name
-    for name in ("value_side", "key_side"):
+    for name in (second, "value_side", "key_side"):
         assert "wgmma.mma_async" in compiled[name].asm["ptx"], "tensor cores are not used"

@@ -362,16 +362,11 @@ def value_gradient(
 
 @triton.jit
 @no_type_check
-def add_parts(
-    partial,  # (num_parts, length)
-    sums,  # (length)
-    num_parts,
-    length,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _add_parts_of_block(
+    partial, sums, num_parts, length, block, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Add the parts of a sum, always in the same order."""
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Add the parts of some numbers of a sum."""
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK_PARTS, BLOCK], dtype=tl.float32)
     # nearly always one round: all parts are asked for at a time
     for first in range(0, num_parts, BLOCK_PARTS):
@@ -383,3 +378,29 @@ def add_parts(
         )
     total = tl.sum(total, axis=0).to(sums.dtype.element_ty)
     tl.store(sums + columns, total, mask=columns < length)
+
+
+@triton.jit
+@no_type_check
+def add_parts(
+    partial,  # (num_parts, length)
+    sums,  # (length)
+    num_parts,
+    length,
+    more_partial,  # another sum, or None
+    more_sums,
+    more_parts,
+    more_length,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the parts of one sum or two, always in the same order."""
+    block = tl.program_id(0)
+    num_blocks = tl.cdiv(length, BLOCK)
+    if block < num_blocks:
+        _add_parts_of_block(partial, sums, num_parts, length, block, BLOCK_PARTS, BLOCK)
+    elif more_partial is not None:
+        _add_parts_of_block(
+            more_partial, more_sums, more_parts, more_length, block - num_blocks,
+            BLOCK_PARTS, BLOCK,
+        )  # fmt: skip

@@ -19,18 +19,22 @@ __all__ = [
     "dot",
     "dropout_factors",
     "exp",
+    "factors_of_tiles",
     "finish_statistics",
     "finite",
     "join_statistics",
+    "let_next_begin",
     "load_slots",
     "map_inside",
     "map_pointers",
     "normalize",
+    "short_exp",
     "store_statistics",
     "tile_pointers",
     "tile_product",
     "tile_statistics",
     "valid_tokens",
+    "wait_for_previous",
 ]
 
 
@@ -52,6 +56,22 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 @no_type_check
+def let_next_begin():
+    """Let the next kernel be launched while this one runs; see :func:`wait_for_previous`."""
+    if not _INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+@no_type_check
+def wait_for_previous():
+    """Wait until the kernel before is done, where this one was launched early (``launch_pdl``)."""
+    if not _INTERPRETED:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+@no_type_check
 def exp(x):
     """Return e^x for x up to 0, to the last digits of float32.
 
@@ -62,6 +82,13 @@ def exp(x):
     # what is lost by rounding the product, and the digits of 1 / ln 2 beyond float32
     lost = tl.fma(x, 1.4426950216293335, -exponent) + x * 1.925963033500011e-08
     return tl.exp2(exponent) * (1.0 + 0.6931471805599453 * lost)
+
+
+@triton.jit
+@no_type_check
+def short_exp(x):
+    """Return e^x in two instructions, for what is rounded to bfloat16; below 1e-38 it is 0."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -184,14 +211,16 @@ def join_statistics(largest, total, other_largest, other_total):
 
 @triton.jit
 @no_type_check
-def tile_statistics(logits, valid):
+def tile_statistics(logits, valid, SHORT: tl.constexpr):
     """Return per slot the largest logit and the sum of exponentials of a tile, and those.
 
-    The exponentials [BLOCK_N, BLOCK_S] are of what is left when the largest logit is taken away.
+    The exponentials [BLOCK_N, BLOCK_S] are of what is left when the largest logit is taken away;
+    SHORT ones have no more digits than bfloat16 needs.
     """
     logits = tl.where(valid[:, None], logits, float("-inf"))
     largest = tl.max(logits, axis=0)
-    exponentials = exp(logits - finite(largest)[None, :])
+    left = logits - finite(largest)[None, :]
+    exponentials = short_exp(left) if SHORT else exp(left)
     return largest, tl.sum(exponentials, axis=0), exponentials
 
 
@@ -252,7 +281,7 @@ def add_part_to_pair(
     total,
     partial,  # (2, B * H * num_splits, S)
     statistics,  # (2, B * H, S)
-    parts_done,  # (B * H)
+    parts_done,  # (B * H) or None
     pair,
     split,
     num_pairs,
@@ -261,18 +290,51 @@ def add_part_to_pair(
     BLOCK_S: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Store the statistics of a part; the program that is last of its pair joins its parts."""
+    """Store the statistics of a part; the program that is last of its pair joins its parts.
+
+    Without ``parts_done`` they are left as they are.
+    """
     store_statistics(
         partial, largest, total, pair * num_splits + split, num_pairs * num_splits, num_slots,
         BLOCK_S,
     )  # fmt: skip
-    # all threads have written before one of them says so
-    tl.debug_barrier()
-    if tl.atomic_add(parts_done + pair, 1, sem="acq_rel") == num_splits - 1:
-        largest, total = combine_parts(
-            partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
-        )
-        store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
+    if parts_done is not None:
+        # all threads have written before one of them says so
+        tl.debug_barrier()
+        if tl.atomic_add(parts_done + pair, 1, sem="acq_rel") == num_splits - 1:
+            largest, total = combine_parts(
+                partial, pair, num_pairs, num_slots, num_splits, BLOCK_S, BLOCK_SPLITS
+            )
+            store_statistics(statistics, largest, total, pair, num_pairs, num_slots, BLOCK_S)
+
+
+@triton.jit
+@no_type_check
+def factors_of_tiles(
+    largest_of_tiles,  # (B * H, num_tiles, S)
+    largest,  # [BLOCK_S]
+    sums,  # [BLOCK_S]
+    pair,
+    start,
+    num_tokens,
+    num_slots,
+    BLOCK_S: tl.constexpr,
+    TOKENS_OF_TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Return what makes P of the exponentials that were kept by tiles, [TILES, BLOCK_S].
+
+    A block that begins at token ``start`` is a part of one tile, or several tiles.
+    """
+    slots = tl.arange(0, BLOCK_S)
+    num_tiles = tl.cdiv(num_tokens, TOKENS_OF_TILE)
+    tiles = start // TOKENS_OF_TILE + tl.arange(0, TILES)
+    tile_largest = tl.load(
+        largest_of_tiles + (pair * num_tiles + tiles[:, None]) * num_slots + slots[None, :],
+        mask=(tiles < num_tiles)[:, None] & (slots < num_slots)[None, :],
+        other=float("-inf"),
+    )
+    return short_exp(tile_largest - largest[None, :]) / sums[None, :]
 
 
 @triton.jit

@@ -38,12 +38,15 @@ from eanet.ops.attention.kernel_tiles import (
     add_part_to_pair,
     dot,
     dropout_factors,
+    factors_of_tiles,
     finish_statistics,
     join_statistics,
+    let_next_begin,
     load_slots,
     map_inside,
     map_pointers,
     normalize,
+    short_exp,
     store_statistics,
     tile_pointers,
     tile_product,
@@ -63,8 +66,8 @@ def token_statistics(
     kept,  # (B * H, N, S) to be written, or None: logits, or where largest_of_tiles, exponentials
     largest_of_tiles,  # (B * H, num_blocks, S) to be written, or None
     partial,  # (2, B * H * num_splits, S): largest logit, sum of exponentials
-    statistics,  # (2, B * H, S): the same of all tokens
-    parts_done,  # (B * H) zeros
+    statistics,  # (2, B * H, S): the same of all tokens, where parts are joined
+    parts_done,  # (B * H) zeros, or None where the next kernel joins the parts
     num_pairs,
     num_heads,
     num_tokens,
@@ -84,8 +87,10 @@ def token_statistics(
     """Find the largest logit and the sum of exponentials of each slot over the tokens.
 
     Each program does a part of the tokens; the one that is done last joins the parts of its pair,
-    in the same order whichever it is.
+    in the same order whichever it is, unless the next kernel does.
     """
+    if parts_done is None:
+        let_next_begin()
     program = tl.program_id(0).to(tl.int64)
     pair = program // num_splits
     split = program % num_splits
@@ -95,14 +100,17 @@ def token_statistics(
     total = tl.zeros([BLOCK_S], dtype=tl.float32)
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, num_tokens)
-    for start in range(first, last, BLOCK_N):
+    # flat: tokens of the next tile are on their way while this one's statistics are taken
+    for start in tl.range(first, last, BLOCK_N, flatten=True):
         tokens = start + tl.arange(0, BLOCK_N)
         valid = valid_tokens(mask, sample, tokens, last, num_tokens)
         logits = tile_product(
             rows, memory_key, start, valid, stride_n, stride_c, num_slots, num_channels,
             BLOCK_N, BLOCK_S, BLOCK_C, LONG,
         )  # fmt: skip
-        tile_largest, tile_total, exponentials = tile_statistics(logits, valid)
+        tile_largest, tile_total, exponentials = tile_statistics(
+            logits, valid, SHORT=largest_of_tiles is not None
+        )
         if kept is not None:
             tl.store(
                 map_pointers(kept, pair, start, num_tokens, num_slots, BLOCK_N, BLOCK_S),
@@ -193,7 +201,7 @@ def _statistics_of_block(
     largest = tl.zeros([BLOCK_S], dtype=tl.float32)
     sums = largest
     if ALONE:
-        largest, sums, _ = tile_statistics(logits, valid)
+        largest, sums, _ = tile_statistics(logits, valid, SHORT=False)
         largest, sums = finish_statistics(largest, sums)
         store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
     elif DOUBLE:
@@ -213,24 +221,21 @@ def _normalize_exponentials(
     start,
     num_tokens,
     num_slots,
-    tokens_of_tile,
     log_eps,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    TOKENS_OF_TILE: tl.constexpr,
 ):
     """Return attention and denominator as ``normalize`` does, of exponentials kept by tiles."""
-    slots = tl.arange(0, BLOCK_S)
-    tokens = start + tl.arange(0, BLOCK_N)
-    tiles = pair * tl.cdiv(num_tokens, tokens_of_tile) + tokens // tokens_of_tile
-    # the tokens of one tile find the same numbers in the cache
-    tile_largest = tl.load(
-        largest_of_tiles + tiles[:, None] * num_slots + slots[None, :],
-        mask=(tokens < num_tokens)[:, None] & (slots < num_slots)[None, :],
-        other=float("-inf"),
-    )
-    weights = exponentials * tl.exp(tile_largest - largest[None, :]) / sums[None, :]
-    denominator = tl.sum(weights, axis=1) + tl.exp(log_eps)
-    return weights / denominator[:, None], denominator
+    TILES: tl.constexpr = BLOCK_N // TOKENS_OF_TILE if BLOCK_N > TOKENS_OF_TILE else 1
+    factors = factors_of_tiles(
+        largest_of_tiles, largest, sums, pair, start, num_tokens, num_slots, BLOCK_S,
+        TOKENS_OF_TILE, TILES,
+    )  # fmt: skip
+    weights = tl.reshape(exponentials, [TILES, BLOCK_N // TILES, BLOCK_S]) * factors[:, None, :]
+    weights = tl.reshape(weights, [BLOCK_N, BLOCK_S])
+    denominator = tl.sum(weights, axis=1) + short_exp(log_eps)
+    return weights * (1.0 / denominator)[:, None], denominator
 
 
 @triton.jit
@@ -262,7 +267,6 @@ def mix(
     stride_on,
     stride_oc,
     num_blocks,
-    tokens_of_tile,
     log_eps,
     dropout,
     BLOCK_N: tl.constexpr,
@@ -272,17 +276,18 @@ def mix(
     ALONE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    TOKENS_OF_TILE: tl.constexpr,
     LONG: tl.constexpr,
 ):
     """Normalize the logits of a block of tokens and mix the memory values.
 
     A block that is ALONE holds all tokens of its pair and finds their statistics itself.
     """
-    program = tl.program_id(0).to(tl.int64)
-    pair = program // num_blocks
-    sample = pair // num_heads
-    head = pair % num_heads
-    start = (program % num_blocks) * BLOCK_N
+    # whole numbers of 64 bits are slow to divide
+    pair = (tl.program_id(0) // num_blocks).to(tl.int64)
+    sample = (pair.to(tl.int32) // num_heads).to(tl.int64)
+    head = (pair.to(tl.int32) % num_heads).to(tl.int64)
+    start = (tl.program_id(0) % num_blocks) * BLOCK_N
     tokens = start + tl.arange(0, BLOCK_N)
     in_range = tokens < num_tokens
     valid = valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
@@ -304,8 +309,8 @@ def mix(
     )
     if largest_of_tiles is not None:
         attention, denominator = _normalize_exponentials(
-            logits, largest_of_tiles, largest, sums, pair, start, num_tokens, num_slots,
-            tokens_of_tile, log_eps, BLOCK_N, BLOCK_S,
+            logits, largest_of_tiles, largest, sums, pair, start, num_tokens, num_slots, log_eps,
+            BLOCK_N, BLOCK_S, TOKENS_OF_TILE,
         )  # fmt: skip
     else:
         attention, denominator = normalize(

@@ -16,6 +16,7 @@ from eanet.ops.attention import resident
 from eanet.ops.attention.resident import ResidentTilings
 from eanet.ops.attention.tiling import (
     Kept,
+    Parts,
     Problem,
     Tiling,
     TokenLayout,
@@ -248,24 +249,51 @@ def forward(
     num_blocks = ceil_div(num_tokens, tilings.mix.block_tokens)
     alone = problem.double and num_blocks == 1
     sizes = (num_pairs, problem.num_heads, num_tokens, num_slots, num_channels)
+    value_bias = _operand(value_bias, torch.float32)
     statistics = kept = None
     if problem.double:
         statistics = x.new_empty((2, num_pairs, num_slots), dtype=torch.float32)
     with torch.cuda.device_of(x):
         if statistics is not None and not alone:
-            kept = _first_pass(x, memory_key, mask, problem, statistics, tilings)
+            holding = tilings.resident
+            if holding is not None and not (
+                _keeps_exponentials(x, memory_key, problem)
+                and resident.takes_mix(out, seed, problem.num_heads, holding)
+            ):
+                holding = None
+            kept, parts = _first_pass(
+                x, memory_key, mask, problem, statistics, tilings, joined=holding is None
+            )
+            if holding is not None:
+                assert kept is not None
+                resident.mix(
+                    x, memory_value, value_bias, mask, problem, kept=kept, parts=parts,
+                    statistics=statistics, out=out, attention=attention, denominator=denominator,
+                    tilings=holding,
+                )  # fmt: skip
+                return statistics
         options = _launch_options(tilings.mix, num_slots, x, out)
         kernels.mix[(num_pairs * num_blocks,)](
-            x, memory_key, memory_value,
-            _operand(key_bias, torch.float32), _operand(value_bias, torch.float32), mask, seed,
+            x, memory_key, memory_value, _operand(key_bias, torch.float32), value_bias, mask, seed,
             kept and kept.values, kept and kept.largest_of_tiles, statistics,
             out, attention, denominator,
             *sizes, num_value_channels, *x.stride(), *out.stride(),
-            num_blocks, kept.tokens_of_tile if kept else 1, problem.log_eps, problem.dropout,
+            num_blocks, problem.log_eps, problem.dropout,
             DOUBLE=problem.double, ALONE=alone, RESIDUAL=problem.residual,
-            IN_PARTS=x.dtype == torch.float32 and options["BLOCK_S"] >= 64, **options,
+            IN_PARTS=x.dtype == torch.float32 and options["BLOCK_S"] >= 64,
+            TOKENS_OF_TILE=kept.tokens_of_tile if kept else 1, **options,
         )  # fmt: skip
     return statistics
+
+
+def _keeps_exponentials(x: Tensor, memory_key: Tensor, problem: Problem) -> bool:
+    """Tell whether exponentials are kept between the passes; they have fewer bytes than x."""
+    num_slots, num_channels = memory_key.shape
+    return (
+        x.dtype == torch.bfloat16
+        and problem.eps >= LEAST_EPS
+        and 4 * num_slots < num_channels * x.itemsize
+    )
 
 
 def _first_pass(
@@ -275,37 +303,43 @@ def _first_pass(
     problem: Problem,
     statistics: Tensor,
     tilings: Tilings,
-) -> Kept | None:
+    *,
+    joined: bool,
+) -> tuple[Kept | None, Parts]:
     """Find the statistics of the tokens; keep for the second pass what spares it to read them.
 
-    Kept is what is written and read once with fewer bytes than x is read once more.
+    Kept is what is written and read once with fewer bytes than x is read once more. Statistics are
+    of all tokens if they are to be joined, else of parts.
     """
     num_tokens = x.shape[1]
     num_slots, num_channels = memory_key.shape
     num_pairs = statistics.shape[1]
-    token_bytes = num_channels * x.itemsize
-    tiling = tilings.statistics
+    tiling, num_programs = tilings.statistics, tilings.statistics_programs
     kept = None
-    if x.dtype == torch.bfloat16 and problem.eps >= LEAST_EPS and 4 * num_slots < token_bytes:
-        chosen = tilings.resident
-        if chosen is not None and chosen.exponentials is not None:
-            return resident.keep_exponentials(
-                x, memory_key, mask, problem.num_heads, statistics,
-                chosen.exponentials, chosen.exponentials_programs,
+    if _keeps_exponentials(x, memory_key, problem):
+        holding = tilings.resident
+        if holding is not None and holding.exponentials is not None:
+            parts = Parts.of(
+                statistics, num_tokens, holding.exponentials_programs,
+                holding.exponentials.block_tokens, joined=joined,
             )  # fmt: skip
+            kept = resident.keep_exponentials(
+                x, memory_key, mask, problem.num_heads, statistics, parts, holding.exponentials
+            )
+            return kept, parts
         kept = Kept.exponentials(x, num_pairs, num_slots, tiling)
-    elif 8 * num_slots < token_bytes:
+    elif 8 * num_slots < num_channels * x.itemsize:
         kept = Kept(statistics.new_empty((num_pairs, num_tokens, num_slots)))
-    parts = split_tokens(num_tokens, tilings.statistics_programs // num_pairs, tiling.block_tokens)
+    parts = Parts.of(statistics, num_tokens, num_programs, tiling.block_tokens, joined=joined)
     options = _launch_options(tiling, num_slots, x)
-    kernels.token_statistics[(num_pairs * parts[0],)](
+    kernels.token_statistics[(num_pairs * parts.number,)](
         x, memory_key, mask, kept and kept.values, kept and kept.largest_of_tiles,
-        statistics.new_empty((2, num_pairs * parts[0], num_slots)),
-        statistics, statistics.new_zeros(num_pairs, dtype=torch.int32),
-        num_pairs, problem.num_heads, num_tokens, num_slots, num_channels, *x.stride(), *parts,
-        BLOCK_SPLITS=split_rows(parts[0], options["BLOCK_S"]), **options,
+        parts.statistics, statistics, parts.done,
+        num_pairs, problem.num_heads, num_tokens, num_slots, num_channels, *x.stride(),
+        parts.number, parts.tokens_of_part,
+        BLOCK_SPLITS=split_rows(parts.number, options["BLOCK_S"]), **options,
     )  # fmt: skip
-    return kept
+    return kept, parts
 
 
 def backward(
@@ -366,9 +400,7 @@ def backward(
                 kept=kept, grad_x=grad_x, tilings=tilings,
             )  # fmt: skip
             partials = (partial_sums,)
-        sums = torch.split(grad_memories, [partial.shape[1] for partial in partials])
-        for partial, part_of_sums in zip(partials, sums, strict=True):
-            _add_parts(partial, part_of_sums)
+        _add_parts(partials, grad_memories)
     if grad_key_bias is not None:
         # under "double" the bias cancels: its gradient is zero, without rounding
         if weighted_sum is None or problem.double:
@@ -457,10 +489,22 @@ def _general_backward(
     return partial_sums, weighted_sum
 
 
-def _add_parts(partial: Tensor, sums: Tensor) -> None:
-    """Add the rows of ``partial`` (parts, length) into ``sums`` (length), in a fixed order."""
-    num_parts, length = partial.shape
-    gradient_kernels.add_parts[(ceil_div(length, 64),)](
-        partial, sums, num_parts, length,
-        BLOCK_PARTS=min(128, next_power_of_two(num_parts)), BLOCK=64, num_warps=4,
+def _add_parts(partials: tuple[Tensor, ...], sums: Tensor) -> None:
+    """Add the rows of one or two tensors (parts, length), in a fixed order.
+
+    Args:
+        partials: what to add.
+        sums: for their sums, side by side.
+    """
+    block = 64
+    arguments: list[Any] = []
+    for partial, part_of_sums in zip(
+        partials, torch.split(sums, [partial.shape[1] for partial in partials]), strict=True
+    ):
+        arguments += (partial, part_of_sums, *partial.shape)
+    arguments += [None] * (8 - len(arguments))
+    gradient_kernels.add_parts[(sum(ceil_div(partial.shape[1], block) for partial in partials),)](
+        *arguments,
+        BLOCK_PARTS=min(128, next_power_of_two(max(len(partial) for partial in partials))),
+        BLOCK=block, num_warps=4,
     )  # fmt: skip

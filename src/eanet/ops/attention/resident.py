@@ -14,6 +14,7 @@ from eanet.ops.attention import resident_kernels as _kernels
 from eanet.ops.attention.tiling import (
     HOPPER_SHARED_BYTES,
     Kept,
+    Parts,
     Problem,
     Tiling,
     TokenLayout,
@@ -25,7 +26,15 @@ from eanet.ops.attention.tiling import (
     split_tokens,
 )
 
-__all__ = ["ResidentTilings", "backward", "choose_tilings", "keep_exponentials", "takes_gradients"]
+__all__ = [
+    "ResidentTilings",
+    "backward",
+    "choose_tilings",
+    "keep_exponentials",
+    "mix",
+    "takes_gradients",
+    "takes_mix",
+]
 
 # a kernel's signature is not the one it is launched with
 kernels: Final[Any] = _kernels
@@ -47,6 +56,8 @@ class ResidentTilings:
     Attributes:
         exponentials: of ``slot_exponentials``; ``None`` where ``token_statistics`` is faster.
         exponentials_programs: about how many programs share its sums over tokens.
+        mix: of ``mix_exponentials``.
+        mix_programs: how many there are.
         value_side: of the kernel of that name, as the following.
         value_programs: about how many programs share its sums over tokens.
         key_side: its programs do a slice of channels.
@@ -55,6 +66,8 @@ class ResidentTilings:
 
     exponentials: Tiling | None
     exponentials_programs: int
+    mix: Tiling
+    mix_programs: int
     value_side: Tiling
     value_programs: int
     key_side: Tiling
@@ -90,12 +103,23 @@ def choose_tilings(
     # the fastest of those tried on an H200 at 8 x 512 x 128 x 128
     if layout.tokens_last:
         value_side = Tiling(64, width, num_warps=8, num_stages=2)
-        return ResidentTilings(None, 0, value_side, multiprocessors, key_side, 2 * multiprocessors)
+        return ResidentTilings(
+            exponentials=None,
+            exponentials_programs=0,
+            mix=Tiling(128, width, num_warps=8, num_stages=3),
+            mix_programs=multiprocessors,
+            value_side=value_side,
+            value_programs=multiprocessors,
+            key_side=key_side,
+            key_programs=2 * multiprocessors,
+        )
     # half a memory leaves room for two programs at a time
     programs = 2 if width <= MOST_CHANNELS // 2 else 1
     return ResidentTilings(
         exponentials=Tiling(32, width, num_warps=4, num_stages=4),
         exponentials_programs=programs * multiprocessors,
+        mix=Tiling(64, width, num_warps=8, num_stages=4, max_registers=128),
+        mix_programs=2 * multiprocessors,
         value_side=Tiling(32, width, num_warps=8 // programs, num_stages=4),
         value_programs=programs * multiprocessors,
         key_side=key_side,
@@ -128,8 +152,8 @@ def keep_exponentials(
     mask: Tensor | None,
     num_heads: int,
     statistics: Tensor,
+    parts: Parts,
     tiling: Tiling,
-    num_programs: int,
 ) -> Kept:
     """Find the statistics of the tokens, and keep the exponentials of their logits.
 
@@ -138,23 +162,78 @@ def keep_exponentials(
         memory_key: M_k (S, C), contiguous.
         mask: boolean (B, N), contiguous.
         num_heads: H.
-        statistics: to be written.
+        statistics: to be written, if parts are joined.
+        parts: to be written.
         tiling: of the kernel.
-        num_programs: about how many there are.
     """
     num_tokens = x.shape[1]
     num_slots, num_channels = memory_key.shape
     num_pairs = statistics.shape[1]
     kept = Kept.exponentials(x, num_pairs, num_slots, tiling)
-    parts = split_tokens(num_tokens, num_programs // num_pairs, tiling.block_tokens)
-    kernels.slot_exponentials[(num_pairs * parts[0],)](
+    kernels.slot_exponentials[(num_pairs * parts.number,)](
         x, memory_key, mask, kept.values, kept.largest_of_tiles,
-        statistics.new_empty((2, num_pairs * parts[0], num_slots)),
-        statistics, statistics.new_zeros(num_pairs, dtype=torch.int32),
-        num_pairs, num_heads, num_tokens, num_slots, num_channels, *x.stride(), *parts,
-        BLOCK_SPLITS=split_rows(parts[0], BLOCK_SLOTS), **launch_options(tiling, BLOCK_SLOTS),
+        parts.statistics, statistics, parts.done,
+        num_pairs, num_heads, num_tokens, num_slots, num_channels, *x.stride(),
+        parts.number, parts.tokens_of_part,
+        BLOCK_SPLITS=split_rows(parts.number, BLOCK_SLOTS), **launch_options(tiling, BLOCK_SLOTS),
     )  # fmt: skip
     return kept
+
+
+def takes_mix(out: Tensor, seed: Tensor | None, num_heads: int, tilings: ResidentTilings) -> bool:
+    """Tell whether :func:`mix` can follow where exponentials are kept, and pays.
+
+    Args:
+        out: to be written.
+        seed: of dropout, which is left to the general kernel.
+        num_heads: H.
+        tilings: for the tokens.
+    """
+    tokens_of_all_heads = out.shape[0] * num_heads * out.shape[1]
+    return (
+        seed is None
+        # each program has a tile
+        and tokens_of_all_heads >= tilings.mix_programs * tilings.mix.block_tokens
+        and not is_long(tilings.mix.block_tokens, MOST_CHANNELS, out.stride())
+    )
+
+
+def mix(
+    x: Tensor,
+    memory_value: Tensor,
+    value_bias: Tensor | None,
+    mask: Tensor | None,
+    problem: Problem,
+    *,
+    kept: Kept,
+    parts: Parts,
+    statistics: Tensor,
+    out: Tensor,
+    attention: Tensor | None,
+    denominator: Tensor | None,
+    tilings: ResidentTilings,
+) -> None:
+    """Run the second pass forward, right after the first; arguments as for ``launch.forward``.
+
+    ``kept`` are exponentials, and ``parts`` of statistics are joined and written here.
+    """
+    num_tokens = x.shape[1]
+    num_pairs = statistics.shape[1]
+    num_slots, num_value_channels = memory_value.shape
+    # as few programs as are done at the same time
+    splits, _ = split_tokens(
+        num_tokens, tilings.mix_programs // num_pairs, tilings.mix.block_tokens
+    )
+    kernels.mix_exponentials[(num_pairs * splits,)](
+        x, memory_value, value_bias, mask, kept.values, kept.largest_of_tiles,
+        parts.statistics, statistics, out, attention, denominator,
+        num_pairs, problem.num_heads, num_tokens, num_slots, num_value_channels,
+        *x.stride(), *out.stride(), parts.number, splits, problem.log_eps,
+        BLOCK_SPLITS=split_rows(parts.number, BLOCK_SLOTS), TOKENS_OF_TILE=kept.tokens_of_tile,
+        TOKENS_LAST=out.stride(1) < out.stride(2), RESIDUAL=problem.residual,
+        # it loads M_v while the first pass ends
+        launch_pdl=True, **launch_options(tilings.mix, BLOCK_SLOTS),
+    )  # fmt: skip
 
 
 def backward(
@@ -209,7 +288,6 @@ def backward(
         *sizes, *x.stride(), *grad_out.stride(), *grad_x.stride(),
         num_slices, *key_parts, parts[0],
         BLOCK_SPLITS=split_rows(parts[0], BLOCK_SLOTS), RESIDUAL=problem.residual,
-        TOKENS_LAST=grad_x.stride(1) < grad_x.stride(2),
         **launch_options(tilings.key_side, BLOCK_SLOTS),
     )  # fmt: skip
     return partial_key, partial_values

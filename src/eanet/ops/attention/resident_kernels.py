@@ -8,7 +8,10 @@ part of the tokens of one pair; there are about as many programs as the GPU has 
 Tiles lie with their tokens side by side, (slots or channels, tokens): slots fill the rows of the
 tensor cores, so a tile may have few tokens, and many of them are on their way at a time.
 
-Forward, in place of ``token_statistics``: ``slot_exponentials``.
+Forward, in place of ``token_statistics`` and ``mix``, with E kept between them::
+
+    1  slot_exponentials  E, and the statistics of a part of the tokens
+    2  mix_exponentials   the statistics of all tokens; A; the mixed memory values
 
 Backward, from the attention that the forward pass kept, in place of three kernels two::
 
@@ -26,13 +29,19 @@ import triton.language as tl
 
 from eanet.ops.attention.kernel_tiles import (
     add_part_to_pair,
+    combine_parts,
     dot,
+    factors_of_tiles,
     finite,
     join_statistics,
+    let_next_begin,
+    short_exp,
+    store_statistics,
     valid_tokens,
+    wait_for_previous,
 )
 
-__all__ = ["key_side", "slot_exponentials", "value_side"]
+__all__ = ["key_side", "mix_exponentials", "slot_exponentials", "value_side"]
 
 
 @triton.jit
@@ -93,29 +102,6 @@ def _load_memory(
 
 @triton.jit
 @no_type_check
-def _to_channels(
-    weights,  # [BLOCK_S, BLOCK_N]
-    memory,  # [BLOCK_S, BLOCK_C]
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TOKENS_LAST: tl.constexpr,
-):
-    """Multiply a memory with weights, [BLOCK_C, BLOCK_N].
-
-    Rows of the product are what does not lie side by side, so that it is stored as it comes; but
-    tensor cores have 64 rows.
-    """
-    if TOKENS_LAST or BLOCK_N < 64:
-        zeros = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
-        product = dot(tl.trans(memory), weights, zeros)
-    else:
-        zeros = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
-        product = tl.trans(dot(tl.trans(weights), memory, zeros))
-    return product
-
-
-@triton.jit
-@no_type_check
 def slot_exponentials(
     x,  # (B, N, H * C), any strides
     memory_key,  # (S, C)
@@ -124,7 +110,7 @@ def slot_exponentials(
     largest_of_tiles,  # (B * H, num_blocks, S)
     partial,  # (2, B * H * num_splits, S)
     statistics,  # (2, B * H, S)
-    parts_done,  # (B * H) zeros
+    parts_done,  # (B * H) zeros, or None where the next kernel joins the parts
     num_pairs,
     num_heads,
     num_tokens,
@@ -141,6 +127,8 @@ def slot_exponentials(
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Do what ``token_statistics`` does, where it keeps exponentials."""
+    if parts_done is None:
+        let_next_begin()
     _, pair, split, first, last = _slice_and_part(1, num_splits, tokens_per_split, num_tokens)
     sample = pair // num_heads
     rows = x + sample * stride_b + (pair % num_heads) * num_channels * stride_c
@@ -161,8 +149,7 @@ def slot_exponentials(
         logits = dot(keys, tile, tl.zeros([BLOCK_S, BLOCK_N], dtype=tl.float32))
         logits = tl.where(valid[None, :], logits, float("-inf"))
         tile_largest = tl.max(logits, axis=1)
-        # more digits than bfloat16 has are not needed
-        weights = tl.exp(logits - finite(tile_largest)[:, None])
+        weights = short_exp(logits - finite(tile_largest)[:, None])
         tl.store(
             _map_columns(
                 exponentials + pair * num_tokens * num_slots, start, num_slots, BLOCK_N, BLOCK_S
@@ -177,6 +164,177 @@ def slot_exponentials(
         largest, total, partial, statistics, parts_done, pair, split, num_pairs, num_slots,
         num_splits, BLOCK_S, BLOCK_SPLITS,
     )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _store_slice(
+    weights,  # [BLOCK_S, BLOCK_N]
+    values,  # [BLOCK_S, SLICE]
+    value_bias,
+    x_rows,
+    out_rows,
+    valid,
+    in_range,
+    start,
+    first_channel,
+    num_value_channels,
+    stride_xn,
+    stride_xc,
+    stride_on,
+    stride_oc,
+    BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    TOKENS_LAST: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Mix a slice of the channels of M_v for a tile of tokens, and store it."""
+    channels = first_channel + tl.arange(0, SLICE)
+    exists = channels < num_value_channels
+    # what lies side by side makes the columns of the product, so that it is stored as it comes
+    if TOKENS_LAST:
+        zeros = tl.zeros([SLICE, BLOCK_N], dtype=tl.float32)
+        mixed = dot(tl.trans(values), weights, zeros)
+    else:
+        zeros = tl.zeros([BLOCK_N, SLICE], dtype=tl.float32)
+        mixed = tl.trans(dot(tl.trans(weights), values, zeros))
+    if value_bias is not None:
+        bias = tl.load(value_bias + channels, mask=exists, other=0.0).to(tl.float32)
+        mixed += tl.where(valid[None, :], bias[:, None], 0.0)
+    inside = exists[:, None] & in_range[None, :]
+    if RESIDUAL:
+        mixed += tl.load(
+            _columns(x_rows, start, first_channel, stride_xn, stride_xc, BLOCK_N, SLICE),
+            mask=inside,
+            other=0.0,
+        ).to(tl.float32)
+    tl.store(
+        _columns(out_rows, start, first_channel, stride_on, stride_oc, BLOCK_N, SLICE),
+        mixed.to(out_rows.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit
+@no_type_check
+def mix_exponentials(
+    x,  # (B, N, H * V), any strides; read under RESIDUAL alone
+    memory_value,  # (S, V)
+    value_bias,  # (V) or None
+    mask,  # (B, N) or None
+    exponentials,  # (B * H, N, S)
+    largest_of_tiles,  # (B * H, num_tiles, S)
+    partial,  # (2, B * H * num_parts, S)
+    statistics,  # (2, B * H, S) to be written
+    out,  # (B, N, H * V), any strides
+    attention_out,  # (B, H, N, S) or None
+    denominator_out,  # (B, H, N) or None
+    num_pairs,
+    num_heads,
+    num_tokens,
+    num_slots,
+    num_value_channels,
+    stride_xb,
+    stride_xn,
+    stride_xc,
+    stride_ob,
+    stride_on,
+    stride_oc,
+    num_parts,
+    num_splits,
+    log_eps,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    TOKENS_OF_TILE: tl.constexpr,
+    TOKENS_LAST: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Do what ``mix`` does, where exponentials were kept and nothing is dropped.
+
+    Each program joins the statistics of its pair. It takes every so many-th tile of the pair, so
+    that tiles which lie side by side are written at the same time.
+    """
+    # all channels of M_v are held, in up to four slices: their products have no room in registers
+    SLICE: tl.constexpr = 128 if BLOCK_C > 128 else BLOCK_C
+    TILES: tl.constexpr = BLOCK_N // TOKENS_OF_TILE if BLOCK_N > TOKENS_OF_TILE else 1
+    values_0 = _load_memory(memory_value, 0, num_slots, num_value_channels, BLOCK_S, SLICE)
+    if BLOCK_C > SLICE:
+        values_1 = _load_memory(memory_value, SLICE, num_slots, num_value_channels, BLOCK_S, SLICE)
+    if BLOCK_C > 2 * SLICE:
+        values_2 = _load_memory(
+            memory_value, 2 * SLICE, num_slots, num_value_channels, BLOCK_S, SLICE
+        )
+        values_3 = _load_memory(
+            memory_value, 3 * SLICE, num_slots, num_value_channels, BLOCK_S, SLICE
+        )
+    wait_for_previous()
+    pair = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
+    largest, sums = combine_parts(
+        partial, pair, num_pairs, num_slots, num_parts, BLOCK_S, BLOCK_SPLITS
+    )
+    if split == 0:
+        store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
+    sample = pair // num_heads
+    channel_offset = (pair % num_heads) * num_value_channels
+    x_rows = x + sample * stride_xb + channel_offset * stride_xc
+    out_rows = out + sample * stride_ob + channel_offset * stride_oc
+    slot_exists = tl.arange(0, BLOCK_S) < num_slots
+    for start in range(split * BLOCK_N, num_tokens, num_splits * BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        in_range = tokens < num_tokens
+        valid = valid_tokens(mask, sample, tokens, num_tokens, num_tokens)
+        inside_map = slot_exists[:, None] & in_range[None, :]
+        tile = tl.load(
+            _map_columns(
+                exponentials + pair * num_tokens * num_slots, start, num_slots, BLOCK_N, BLOCK_S
+            ),
+            mask=inside_map,
+            other=0.0,
+        ).to(tl.float32)
+        factors = factors_of_tiles(
+            largest_of_tiles, largest, sums, pair, start, num_tokens, num_slots, BLOCK_S,
+            TOKENS_OF_TILE, TILES,
+        )  # fmt: skip
+        tile = tl.reshape(tile, [BLOCK_S, TILES, BLOCK_N // TILES]) * tl.trans(factors)[:, :, None]
+        tile = tl.reshape(tile, [BLOCK_S, BLOCK_N])
+        denominator = tl.sum(tile, axis=0) + short_exp(log_eps)
+        weights = (tile * (1.0 / denominator)[None, :]).to(memory_value.dtype.element_ty)
+        if denominator_out is not None:
+            tl.store(denominator_out + pair * num_tokens + tokens, denominator, mask=in_range)
+        if attention_out is not None:
+            tl.store(
+                _map_columns(
+                    attention_out + pair * num_tokens * num_slots, start, num_slots, BLOCK_N,
+                    BLOCK_S,
+                ),
+                weights.to(attention_out.dtype.element_ty),
+                mask=inside_map,
+            )  # fmt: skip
+        _store_slice(
+            weights, values_0, value_bias, x_rows, out_rows, valid, in_range, start, 0,
+            num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
+            BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
+        )  # fmt: skip
+        if BLOCK_C > SLICE:
+            _store_slice(
+                weights, values_1, value_bias, x_rows, out_rows, valid, in_range, start, SLICE,
+                num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
+                BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
+            )  # fmt: skip
+        if BLOCK_C > 2 * SLICE:
+            _store_slice(
+                weights, values_2, value_bias, x_rows, out_rows, valid, in_range, start, 2 * SLICE,
+                num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
+                BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
+            )  # fmt: skip
+            _store_slice(
+                weights, values_3, value_bias, x_rows, out_rows, valid, in_range, start, 3 * SLICE,
+                num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
+                BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -261,6 +419,8 @@ def value_side(
             ),
             weighted,
             mask=inside_map,
+            # to be found in the cache by key_side
+            eviction_policy="evict_last",
         )
         if WITH_BIAS:
             bias_total += tl.sum(tile.to(tl.float32), axis=1)
@@ -312,7 +472,6 @@ def key_side(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    TOKENS_LAST: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
     """Compute the gradients of x and M_k in a slice of channels for a part of the tokens."""
@@ -338,7 +497,7 @@ def key_side(
             other=0.0,
         )
         weighted_sum += tl.sum(weighted_sums, axis=0)
-    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    total = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float32)
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         in_range = tokens < last
@@ -369,9 +528,12 @@ def key_side(
         scale = tl.load(denominator + pair * num_tokens + tokens, mask=in_range, other=0.0)
         gradient -= weights * scale[None, :] * weighted_sum[:, None]
         rounded = gradient.to(tile.dtype)
-        # this product first, as in value_side
-        total = dot(rounded, tl.trans(tile), total)
-        grad_tokens = _to_channels(rounded, keys, BLOCK_N, BLOCK_C, TOKENS_LAST)
+        # This product first, as in value_side. In both, the gradient stands on the right, which
+        # tensor cores read from memory on chip; on the left it would be computed twice, the other
+        # time with its rows across the registers.
+        total = dot(tile, tl.trans(rounded), total)
+        zeros = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
+        grad_tokens = dot(tl.trans(keys), rounded, zeros)
         inside = channel_exists[:, None] & in_range[None, :]
         if RESIDUAL:
             grad_tokens += tl.load(
@@ -392,7 +554,7 @@ def key_side(
         )  # fmt: skip
     part = pair * num_splits + split
     tl.store(
-        partial_key + part * stride_part + slots[:, None] * num_channels + channels[None, :],
+        partial_key + part * stride_part + slots[None, :] * num_channels + channels[:, None],
         total,
-        mask=slot_exists[:, None] & channel_exists[None, :],
+        mask=slot_exists[None, :] & channel_exists[:, None],
     )

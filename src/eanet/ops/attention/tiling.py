@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "HOPPER_SHARED_BYTES",
     "Kept",
+    "Parts",
     "Problem",
     "Tiling",
     "TokenLayout",
@@ -133,6 +134,52 @@ class Kept:
             x.new_empty((num_pairs, x.shape[1], num_slots)),
             x.new_empty((num_pairs, num_tiles, num_slots), dtype=torch.float32),
             tiling.block_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Statistics of the tokens in parts, as the first kernel forward finds them.
+
+    Attributes:
+        statistics: largest logits and sums of exponentials (2, B * H * number, S).
+        number: of parts of a pair.
+        tokens_of_part: as many tokens, or fewer in the last part.
+        done: zeros (B * H) to count the parts of a pair in, so that the last program joins them;
+            ``None`` where the second kernel does.
+    """
+
+    statistics: Tensor
+    number: int
+    tokens_of_part: int
+    done: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        statistics: Tensor,
+        num_tokens: int,
+        num_programs: int,
+        block_tokens: int,
+        *,
+        joined: bool,
+    ) -> "Parts":
+        """Allocate memory for parts of statistics (2, B * H, S).
+
+        Args:
+            statistics: of all tokens.
+            num_tokens: N.
+            num_programs: about how many share the tokens.
+            block_tokens: of a tile.
+            joined: whether the first kernel joins the parts.
+        """
+        _, num_pairs, num_slots = statistics.shape
+        number, tokens_of_part = split_tokens(num_tokens, num_programs // num_pairs, block_tokens)
+        return cls(
+            statistics.new_empty((2, num_pairs * number, num_slots)),
+            number,
+            tokens_of_part,
+            statistics.new_zeros(num_pairs, dtype=torch.int32) if joined else None,
         )
 
 
