@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -396,6 +397,26 @@ def test_a_sweep_runs_both_modes_and_leaves_out_inputs_that_do_not_fit():
     assert report["crossovers"][0]["other"] == "nn.MultiheadAttention"
 
 
+def test_no_size_is_begun_after_the_deadline(monkeypatch):
+    """What was measured before is kept."""
+    now = time.monotonic()
+    kept, progress = [], io.StringIO()
+
+    def keep(sweep):
+        kept.append(sweep)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 7.0)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    sweep = run_sweep(
+        [16, 64], channels=64, num_slots=8, device=CPU, dtype=torch.float32,
+        budget=Budget(60.0, 2**30), rounds=1, chosen=[ALL["ExternalAttention"]], rates=RATES,
+        deadline=now + 5.0, keep=keep, progress=Progress(progress),
+    )  # fmt: skip
+    assert kept == [sweep]
+    assert {record.num_tokens for record in sweep.records} == {16}
+    assert "out of time before N = 64" in progress.getvalue()
+
+
 def test_the_command_writes_everything(tmp_path, capsys):
     words = ["bench", "ops", "--quick", "--sizes", "64", "--slots", "4", "--device", "cpu"]
     files = ["--json", f"{tmp_path}/ops.json", "--markdown", f"{tmp_path}/ops.md"]
@@ -422,6 +443,7 @@ def test_the_command_writes_everything(tmp_path, capsys):
         (["--channels", "100"], "--channels must be a multiple of 64, got 100"),
         (["--sizes", "0"], "--sizes must be at least 1, got 0"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--minutes", "0"], "--minutes must be above 0, got 0.0"),
     ],
 )
 def test_mistakes_are_told(words, message):

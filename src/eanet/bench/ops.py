@@ -11,8 +11,9 @@ Run ``eanet bench ops --help``.
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def run_sweep(
     rounds: int | None = None,
     chosen: Sequence[Contender] | None = None,
     rates: MachineRates | None = None,
+    deadline: float = math.inf,
+    keep: Callable[[Sweep], None] = lambda _: None,
     progress: Progress,
 ) -> Sweep:
     """Measure all contenders at all sizes, small ones first.
@@ -125,6 +128,8 @@ def run_sweep(
         rounds: timed rounds; ``None`` chooses between 3 and 15 by how long they will take.
         chosen: the contenders; ``None`` for all of them.
         rates: of the machine, where they were measured already.
+        deadline: no size is begun after this time of ``time.monotonic``.
+        keep: called after each size with what there is so far.
         progress: told what happens.
     """
     everyone = contenders(channels, num_slots, device) if chosen is None else chosen
@@ -134,8 +139,13 @@ def run_sweep(
     records: list[Record] = []
     limits: dict[tuple[Mode, int], Limit] = {}
     probed: list[Record] = []
+    where = dict(conditions(device, dtype))
+    sweep = Sweep(channels, num_slots, (), limits, rates, where)
     fitting = _fitting(sizes, everyone, channels, dtype, budget, progress)
     for num_tokens, is_probe in with_probes(fitting):
+        if time.monotonic() > deadline:
+            progress.say(f"out of time before N = {num_tokens:,}")
+            break
         workload = Workload(num_tokens, channels, device, dtype)
         for mode in modes:
             progress.say(f"N = {num_tokens:,}, {mode}" + (" (to foretell)" if is_probe else ""))
@@ -153,8 +163,9 @@ def run_sweep(
                 training=mode == "training", bytes_per_value=dtype.itemsize,
             )  # fmt: skip
             limits[mode, num_tokens] = limit_of(work, rates, device=device, dtype=dtype)
-    where = dict(conditions(device, dtype))
-    return Sweep(channels, num_slots, tuple(records), limits, rates, where)
+        sweep = replace(sweep, records=tuple(records))
+        keep(sweep)
+    return sweep
 
 
 def _fitting(
@@ -358,6 +369,7 @@ def _row(first: str, cells: Sequence[str], *, rule: bool = False) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit code."""
+    start = time.monotonic()
     options = _parser().parse_args(argv)
     _check(options)
     if options.threads is not None:
@@ -369,6 +381,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         rates = measure_machine_rates(
             device=device, dtype=dtype, cube_side=256, copy_bytes=1 << 22, budget_seconds=0.01
         )
+
+    def keep(sweep: Sweep) -> None:
+        if options.markdown is not None:
+            options.markdown.write_text(format_sweep(sweep), encoding="utf-8")
+        if options.json is not None:
+            write_figures(options.json, sweep.as_json())
+
     sweep = run_sweep(
         options.sizes or (SIZES[:2] if options.quick else SIZES),
         channels=options.channels or (64 if options.quick else 256),
@@ -380,14 +399,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=1 if options.quick else options.rounds,
         chosen=_chosen(options, device),
         rates=rates,
+        deadline=start + 60 * options.minutes,
+        keep=keep,
         progress=progress,
     )
-    text = format_sweep(sweep)
-    sys.stdout.write(text)
-    if options.markdown is not None:
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json is not None:
-        write_figures(options.json, sweep.as_json())
+    keep(sweep)
+    sys.stdout.write(format_sweep(sweep))
     if options.plots is not None:
         limits = {key: limit.seconds for key, limit in sweep.limits.items()}
         draw = import_module("eanet.bench.plots").draw_sweep
@@ -423,6 +440,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
+    if not options.minutes > 0:
+        raise UserError(f"--minutes must be above 0, got {options.minutes}")
     if options.sizes and min(options.sizes) < 1:
         raise UserError(f"--sizes must be at least 1, got {min(options.sizes)}")
 
@@ -455,6 +474,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-gib", type=float, help="stop what holds more (default: 60 %% of free memory)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no size after this time"
     )
     parser.add_argument("--quick", action="store_true", help="two sizes, one round: a trial")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to a file")

@@ -37,6 +37,7 @@ PLACES = {
     "key_gradient": "key_gradient",
     "value_gradient": "value_gradient",
     "slot_exponentials": "resident.exponentials",
+    "mix_exponentials": "resident.mix",
     "value_side": "resident.value_side",
     "key_side": "resident.key_side",
 }
@@ -100,6 +101,7 @@ def _resident_candidates(chosen: "Tilings") -> Iterator["Tilings"]:
                     resident,
                     exponentials=whole,
                     exponentials_programs=resident.value_programs,
+                    mix=replace(whole, block_tokens=2 * block_tokens),
                     value_side=whole,
                     key_side=replace(whole, block_channels=min(width, block_channels)),
                 ),
