@@ -168,55 +168,6 @@ def slot_exponentials(
 
 @triton.jit
 @no_type_check
-def _store_slice(
-    weights,  # [BLOCK_S, BLOCK_N]
-    values,  # [BLOCK_S, SLICE]
-    value_bias,
-    x_rows,
-    out_rows,
-    valid,
-    in_range,
-    start,
-    first_channel,
-    num_value_channels,
-    stride_xn,
-    stride_xc,
-    stride_on,
-    stride_oc,
-    BLOCK_N: tl.constexpr,
-    SLICE: tl.constexpr,
-    TOKENS_LAST: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """Mix a slice of the channels of M_v for a tile of tokens, and store it."""
-    channels = first_channel + tl.arange(0, SLICE)
-    exists = channels < num_value_channels
-    # what lies side by side makes the columns of the product, so that it is stored as it comes
-    if TOKENS_LAST:
-        zeros = tl.zeros([SLICE, BLOCK_N], dtype=tl.float32)
-        mixed = dot(tl.trans(values), weights, zeros)
-    else:
-        zeros = tl.zeros([BLOCK_N, SLICE], dtype=tl.float32)
-        mixed = tl.trans(dot(tl.trans(weights), values, zeros))
-    if value_bias is not None:
-        bias = tl.load(value_bias + channels, mask=exists, other=0.0).to(tl.float32)
-        mixed += tl.where(valid[None, :], bias[:, None], 0.0)
-    inside = exists[:, None] & in_range[None, :]
-    if RESIDUAL:
-        mixed += tl.load(
-            _columns(x_rows, start, first_channel, stride_xn, stride_xc, BLOCK_N, SLICE),
-            mask=inside,
-            other=0.0,
-        ).to(tl.float32)
-    tl.store(
-        _columns(out_rows, start, first_channel, stride_on, stride_oc, BLOCK_N, SLICE),
-        mixed.to(out_rows.dtype.element_ty),
-        mask=inside,
-    )
-
-
-@triton.jit
-@no_type_check
 def mix_exponentials(
     x,  # (B, N, H * V), any strides; read under RESIDUAL alone
     memory_value,  # (S, V)
@@ -256,18 +207,16 @@ def mix_exponentials(
     Each program joins the statistics of its pair. It takes every so many-th tile of the pair, so
     that tiles which lie side by side are written at the same time.
     """
-    # all channels of M_v are held, in up to four slices: their products have no room in registers
+    # all channels of M_v are held, in slices: their products have no room in registers together
     SLICE: tl.constexpr = 128 if BLOCK_C > 128 else BLOCK_C
     TILES: tl.constexpr = BLOCK_N // TOKENS_OF_TILE if BLOCK_N > TOKENS_OF_TILE else 1
-    values_0 = _load_memory(memory_value, 0, num_slots, num_value_channels, BLOCK_S, SLICE)
-    if BLOCK_C > SLICE:
-        values_1 = _load_memory(memory_value, SLICE, num_slots, num_value_channels, BLOCK_S, SLICE)
-    if BLOCK_C > 2 * SLICE:
-        values_2 = _load_memory(
-            memory_value, 2 * SLICE, num_slots, num_value_channels, BLOCK_S, SLICE
-        )
-        values_3 = _load_memory(
-            memory_value, 3 * SLICE, num_slots, num_value_channels, BLOCK_S, SLICE
+    SLICES: tl.constexpr = BLOCK_C // SLICE
+    values = ()
+    for index in tl.static_range(SLICES):
+        values = values + (  # noqa: RUF005 - Triton does not unpack
+            _load_memory(
+                memory_value, index * SLICE, num_slots, num_value_channels, BLOCK_S, SLICE
+            ),
         )
     wait_for_previous()
     pair = (tl.program_id(0) // num_splits).to(tl.int64)
@@ -313,28 +262,32 @@ def mix_exponentials(
                 weights.to(attention_out.dtype.element_ty),
                 mask=inside_map,
             )  # fmt: skip
-        _store_slice(
-            weights, values_0, value_bias, x_rows, out_rows, valid, in_range, start, 0,
-            num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
-            BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
-        )  # fmt: skip
-        if BLOCK_C > SLICE:
-            _store_slice(
-                weights, values_1, value_bias, x_rows, out_rows, valid, in_range, start, SLICE,
-                num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
-                BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
-            )  # fmt: skip
-        if BLOCK_C > 2 * SLICE:
-            _store_slice(
-                weights, values_2, value_bias, x_rows, out_rows, valid, in_range, start, 2 * SLICE,
-                num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
-                BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
-            )  # fmt: skip
-            _store_slice(
-                weights, values_3, value_bias, x_rows, out_rows, valid, in_range, start, 3 * SLICE,
-                num_value_channels, stride_xn, stride_xc, stride_on, stride_oc,
-                BLOCK_N, SLICE, TOKENS_LAST, RESIDUAL,
-            )  # fmt: skip
+        for index in tl.static_range(SLICES):
+            first = index * SLICE
+            channels = first + tl.arange(0, SLICE)
+            exists = channels < num_value_channels
+            # what lies side by side makes the columns of the product: it is stored as it comes
+            if TOKENS_LAST:
+                zeros = tl.zeros([SLICE, BLOCK_N], dtype=tl.float32)
+                mixed = dot(tl.trans(values[index]), weights, zeros)
+            else:
+                zeros = tl.zeros([BLOCK_N, SLICE], dtype=tl.float32)
+                mixed = tl.trans(dot(tl.trans(weights), values[index], zeros))
+            if value_bias is not None:
+                bias = tl.load(value_bias + channels, mask=exists, other=0.0).to(tl.float32)
+                mixed += tl.where(valid[None, :], bias[:, None], 0.0)
+            inside = exists[:, None] & in_range[None, :]
+            if RESIDUAL:
+                mixed += tl.load(
+                    _columns(x_rows, start, first, stride_xn, stride_xc, BLOCK_N, SLICE),
+                    mask=inside,
+                    other=0.0,
+                ).to(tl.float32)
+            tl.store(
+                _columns(out_rows, start, first, stride_on, stride_oc, BLOCK_N, SLICE),
+                mixed.to(out.dtype.element_ty),
+                mask=inside,
+            )
 
 
 @triton.jit
