@@ -287,7 +287,10 @@ def mix(
     pair = (tl.program_id(0) // num_blocks).to(tl.int64)
     sample = (pair.to(tl.int32) // num_heads).to(tl.int64)
     head = (pair.to(tl.int32) % num_heads).to(tl.int64)
-    start = (tl.program_id(0) % num_blocks) * BLOCK_N
+    start = tl.program_id(0) % num_blocks
+    if LONG:
+        start = start.to(tl.int64)
+    start *= BLOCK_N
     tokens = start + tl.arange(0, BLOCK_N)
     in_range = tokens < num_tokens
     valid = valid_tokens(mask, sample, tokens, num_tokens, num_tokens)

@@ -194,7 +194,8 @@ def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[st
         tensors: with tokens that the kernel reads or writes.
     """
     strides = (tensor.stride() for tensor in tensors)
-    long = is_long(tiling.block_tokens, tiling.block_channels, *strides)
+    num_tokens = tensors[0].shape[1]
+    long = is_long(num_tokens, tiling.block_tokens, tiling.block_channels, *strides)
     return {"LONG": long, **launch_options(tiling, _block_slots(num_slots))}
 
 

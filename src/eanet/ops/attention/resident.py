@@ -95,7 +95,7 @@ def choose_tilings(
         or num_pairs > multiprocessors
         # tokens that do not begin at multiples of 16 are copied one by one
         or (layout.tokens_last and layout.strides[2] % 16 != 0)
-        or is_long(MOST_TOKENS, MOST_CHANNELS, layout.strides)
+        or is_long(layout.shape[1], MOST_TOKENS, MOST_CHANNELS, layout.strides)
     ):
         return None
     width = max(64, next_power_of_two(num_channels))
@@ -142,7 +142,9 @@ def takes_gradients(
     return (
         problem.double
         and memory_key.shape == memory_value.shape
-        and not is_long(MOST_TOKENS, MOST_CHANNELS, grad_out.stride(), grad_x.stride())
+        and not is_long(
+            grad_x.shape[1], MOST_TOKENS, MOST_CHANNELS, grad_out.stride(), grad_x.stride()
+        )
     )
 
 
@@ -194,7 +196,7 @@ def takes_mix(out: Tensor, seed: Tensor | None, num_heads: int, tilings: Residen
         seed is None
         # each program has a tile
         and tokens_of_all_heads >= tilings.mix_programs * tilings.mix.block_tokens
-        and not is_long(tilings.mix.block_tokens, MOST_CHANNELS, out.stride())
+        and not is_long(out.shape[1], tilings.mix.block_tokens, MOST_CHANNELS, out.stride())
     )
 
 

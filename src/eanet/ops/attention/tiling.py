@@ -205,9 +205,11 @@ def launch_options(tiling: Tiling, block_slots: int) -> dict[str, Any]:
     }
 
 
-def is_long(block_tokens: int, block_channels: int, *strides: Sequence[int]) -> bool:
-    """Tell whether places within a tile of (B, N, channels) with such strides need 64 bits."""
-    return any(
+def is_long(
+    num_tokens: int, block_tokens: int, block_channels: int, *strides: Sequence[int]
+) -> bool:
+    """Tell whether tokens, or places within a tile (B, N, channels), are counted by 64 bits."""
+    return num_tokens + block_tokens >= 2**31 or any(
         block_tokens * token + block_channels * channel >= 2**31 for _, token, channel in strides
     )
 
