@@ -40,7 +40,7 @@ test-slow: $(STAMP)  ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 test-gpu: $(STAMP)  ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu --device cuda
+	$(BIN)/python -m pytest -m gpu --device cuda --numprocesses 8
 
 bench: $(STAMP)  ## time and memory of the block: the paper's form, product form, fused
 	$(BIN)/eanet bench block

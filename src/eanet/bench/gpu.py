@@ -264,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch.compile, and the contenders of 'eanet bench ops'.",
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing after this time")
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="begin nothing after this time (default: 7)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("results/benchmarks"), metavar="FOLDER",
         help="where gpu.json, gpu.md, gpu-ops.json and plots go (default: results/benchmarks)",
