@@ -1,5 +1,7 @@
 """The search for tilings of the Triton kernels; timing itself needs a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ def test_candidates_begin_with_what_is_chosen_and_fit_a_program(monkeypatch):
     x = torch.empty(1, 4096, 512, dtype=torch.bfloat16)
     chosen = launch.choose_tilings(x, 64, 512)
     found = list(tilings.candidates(chosen, x.itemsize))
-    assert found[0] == chosen
+    assert chosen.resident is not None
+    # as one kernel after the other, so that none is recorded with the time that it waits
+    assert found[0] == replace(chosen, resident=replace(chosen.resident, early=False))
     assert len(set(found)) == len(found) > 50
     general = [candidate for candidate in found[1:] if candidate.resident is None]
     holding = [candidate for candidate in found[1:] if candidate.resident is not None]
@@ -28,7 +32,21 @@ def test_candidates_begin_with_what_is_chosen_and_fit_a_program(monkeypatch):
         assert candidate.key_gradient == candidate.statistics == tile
     for candidate in holding:
         assert candidate.mix == chosen.mix
-        assert candidate.resident.value_side == candidate.resident.exponentials
+        assert not candidate.resident.early
+    assert len({candidate.resident.value_side for candidate in holding}) > 10
+    assert len({candidate.resident.mix for candidate in holding}) > 10
+    assert {candidate.resident.mix_programs for candidate in holding} == {132, 264}
+
+
+def test_a_kernel_is_listed_with_its_tiling_and_programs(monkeypatch):
+    launch = pytest.importorskip("eanet.ops.attention.launch", reason="needs Triton")
+    monkeypatch.setattr("eanet.ops.attention.tiling.device_limits", lambda device: (132, 232_448))
+    chosen = launch.choose_tilings(torch.empty(1, 4096, 512, dtype=torch.bfloat16), 64, 512)
+    for kernel, programs in (("mix", 264), ("mix_exponentials", 264), ("slot_exponentials", 132)):
+        row = tilings.tiling_of(chosen, kernel)
+        assert row.keys() >= {"block_tokens", "num_warps"}
+        assert row["num_programs"] == programs, kernel
+    assert tilings.tiling_of(chosen, "other") == {}
 
 
 @without_gpu

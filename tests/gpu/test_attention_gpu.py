@@ -186,8 +186,14 @@ def test_compiles_without_a_break(gpu, without_shape_checks):
         torch.testing.assert_close(one, other)
 
 
-def test_a_cuda_graph_replays_it(gpu):
-    x, memory = torch.randn(2, 300, 64, device=gpu), torch.randn(10, 64, device=gpu)
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    # the second has a second pass that is launched early, after memories were cast
+    [(torch.float32, 300), (torch.bfloat16, 20_000)],
+)
+def test_a_cuda_graph_replays_it(dtype, tokens, gpu):
+    x = torch.randn(2, tokens, 64, device=gpu, dtype=dtype)
+    memory = torch.randn(10, 64, device=gpu)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels are compiled before the capture
@@ -196,8 +202,10 @@ def test_a_cuda_graph_replays_it(gpu):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = external_attention(x, memory, backend="triton")
-    x.copy_(torch.randn_like(x))
-    graph.replay()
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        memory.copy_(torch.randn_like(memory))
+        graph.replay()
     torch.testing.assert_close(out, external_attention(x, memory, backend="triton"))
 
 

@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep(options.out, report)
     sys.stdout.write(format_report(report))
     minutes_left = (deadline - time.monotonic()) / 60
-    if not options.without_contenders and minutes_left > 0:
+    if not options.without_contenders and minutes_left >= 1:
         ops.main([
             "--device", options.device, "--dtype", "bfloat16", "--max-seconds", "0.5",
             "--rounds", "3", "--minutes", f"{minutes_left:.3f}",

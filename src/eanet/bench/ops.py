@@ -403,7 +403,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep=keep,
         progress=progress,
     )
-    keep(sweep)
     sys.stdout.write(format_sweep(sweep))
     if options.plots is not None:
         limits = {key: limit.seconds for key, limit in sweep.limits.items()}

@@ -27,7 +27,7 @@ from eanet.errors import UserError
 if TYPE_CHECKING:
     from eanet.ops.attention.launch import Tilings
 
-__all__ = ["candidates", "main", "time_kernels"]
+__all__ = ["candidates", "main", "tiling_of", "time_kernels"]
 
 #: where each kernel has its tiling; dots lead into a part of Tilings
 PLACES = {
@@ -41,6 +41,14 @@ PLACES = {
     "value_side": "resident.value_side",
     "key_side": "resident.key_side",
 }
+#: where the number of its programs stands, of those that have one of their own
+PROGRAMS = {
+    "token_statistics": "statistics_programs",
+    "slot_exponentials": "exponentials_programs",
+    "mix_exponentials": "mix_programs",
+    "value_side": "value_programs",
+    "key_side": "key_programs",
+}
 REPEATS = 10
 
 
@@ -51,10 +59,14 @@ def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
         chosen: of :func:`eanet.ops.attention.launch.choose_tilings`.
         itemsize: bytes of a channel.
     """
+    if chosen.resident is not None:
+        # started early, a kernel would be recorded with the time that it waits
+        chosen = replace(chosen, resident=replace(chosen.resident, early=False))
     yield chosen
     yield from _general_candidates(replace(chosen, resident=None), itemsize)
     if chosen.resident is not None:
         yield from _resident_candidates(chosen)
+        yield from (one for one in _mix_candidates(chosen) if one != chosen)
 
 
 def _general_candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
@@ -101,19 +113,45 @@ def _resident_candidates(chosen: "Tilings") -> Iterator["Tilings"]:
                     resident,
                     exponentials=whole,
                     exponentials_programs=resident.value_programs,
-                    mix=replace(whole, block_tokens=2 * block_tokens),
                     value_side=whole,
                     key_side=replace(whole, block_channels=min(width, block_channels)),
                 ),
             )
 
 
-def _tiling_of(tilings: "Tilings", kernel: str) -> dict[str, Any]:
-    """Return the tiling of a kernel as JSON values; nothing for what is not one of the kernels."""
-    tiling: Any = tilings
-    for name in PLACES[kernel].split(".") if kernel in PLACES else ():
-        tiling = getattr(tiling, name)
-    return vars(tiling) if kernel in PLACES else {}
+def _mix_candidates(chosen: "Tilings") -> Iterator["Tilings"]:
+    """Yield tilings of the second pass forward that holds a memory."""
+    resident = chosen.resident
+    assert resident is not None
+    multiprocessors = chosen.num_programs // 2
+    # programs of a multiprocessor, and registers of a thread
+    programs = ((1, None), (2, None), (2, 128))
+    sizes = itertools.product((64, 128), (4, 8), (2, 3, 4), programs)
+    for block_tokens, num_warps, num_stages, (number, max_registers) in sizes:
+        tiling = replace(
+            resident.mix,
+            block_tokens=block_tokens,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            max_registers=max_registers,
+        )
+        yield replace(
+            chosen,
+            resident=replace(resident, mix=tiling, mix_programs=number * multiprocessors),
+        )
+
+
+def tiling_of(tilings: "Tilings", kernel: str) -> dict[str, Any]:
+    """Return the tiling and programs of a kernel as JSON values.
+
+    Nothing is returned for what is not one of the kernels.
+    """
+    if kernel not in PLACES:
+        return {}
+    part, _, name = PLACES[kernel].rpartition(".")
+    holder: Any = getattr(tilings, part) if part else tilings
+    programs = getattr(holder, PROGRAMS.get(kernel, ""), tilings.num_programs)
+    return vars(getattr(holder, name)) | {"num_programs": programs}
 
 
 def _operands(
@@ -217,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kernel, seconds in time_kernels(operands, tilings).items():
             figures.append({
                 "kernel": kernel, "seconds": seconds, "chosen": index == 0,
-                **_tiling_of(tilings, kernel), "num_programs": tilings.num_programs,
+                **tiling_of(tilings, kernel),
             })  # fmt: skip
     for kernel in (*PLACES, "other"):
         rows = sorted(

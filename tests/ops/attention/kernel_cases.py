@@ -118,6 +118,10 @@ RESIDENT_CASES = [
         residual=True,
         mask="padded",
     ),
+    # the backward pass reads the statistics, as no map is kept
+    Case(**RESIDENT | {"slots": 17}, mask="sample empty"),
+    Case(**RESIDENT | {"slots": 17}, layout="tokens last"),
+    Case(**RESIDENT | {"slots": 1}),
     # one part of one tile
     Case(**RESIDENT | {"tokens": 20}),
 ]
@@ -229,7 +233,7 @@ def check(case, device, function=with_map):
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e} ({case})"
 
 
-def check_resident(case, device, monkeypatch):
+def check_resident(case, device, monkeypatch, most_parts=resident.MOST_PARTS):
     """Compare as :func:`check` does, and see that the kernels that hold a memory were used."""
     used = []
 
@@ -245,10 +249,13 @@ def check_resident(case, device, monkeypatch):
             patch.setattr(resident, name, spied(name, getattr(resident, name)))
         # where it pays or not
         patch.setattr(resident, "takes_mix", lambda *_: True)
+        patch.setattr(resident, "MOST_PARTS", most_parts)
         check(case, device)
-    # tokens of one tile need no first pass
     first = ["keep_exponentials"] if case.layout != "tokens last" else []
-    assert used == [*([*first, "mix"] if case.tokens > 64 else []), "backward"]
+    # tokens of one tile need no first pass
+    forward = [*first, "mix"] if case.tokens > 64 else []
+    keeps_map = 1 < case.slots <= case.channels / 4
+    assert used == [*forward, *(["backward"] if keeps_map else [])]
 
 
 def check_dropout(case, device, probability):

@@ -147,5 +147,12 @@ def test_kernels_that_hold_a_memory_compile_for_a_gpu(
     assert compiled.keys() == {first, second, "value_side", "key_side", "add_parts"}
     for name, kernel in compiled.items():
         assert kernel.metadata.shared <= SHARED_BYTES, name
+    if second == "mix_exponentials":
+        assert compiled[second].metadata.launch_pdl
+        # begins early, and waits before it reads what the first has written
+        assert "griddepcontrol.launch_dependents" in compiled[first].asm["ptx"]
+        waits, _, rest = compiled[second].asm["ptx"].partition("griddepcontrol.wait")
+        assert "cp.async" in rest
+        assert "cp.async" not in waits
     for name in (second, "value_side", "key_side"):
         assert "wgmma.mma_async" in compiled[name].asm["ptx"], "tensor cores are not used"

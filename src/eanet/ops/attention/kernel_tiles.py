@@ -262,7 +262,7 @@ def combine_parts(
         splits = first + tl.arange(0, BLOCK_SPLITS)
         exists = (splits < num_splits)[:, None] & slot_exists[None, :]
         position = (pair * num_splits + splits[:, None]) * num_slots + slots[None, :]
-        # written by other programs of this launch: not to be read from the cache of this one
+        # written by other programs, maybe of this launch: not to be read from the cache of this one
         tile_largest = tl.load(
             partial + position, mask=exists, other=float("-inf"), cache_modifier=".cg"
         )

@@ -82,14 +82,17 @@ def token_statistics(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    FOLLOWED: tl.constexpr,
+    FLAT: tl.constexpr,
     LONG: tl.constexpr,
 ):
     """Find the largest logit and the sum of exponentials of each slot over the tokens.
 
     Each program does a part of the tokens; the one that is done last joins the parts of its pair,
-    in the same order whichever it is, unless the next kernel does.
+    in the same order whichever it is, unless the next kernel does. FOLLOWED by one that waits for
+    what is written here, that may begin.
     """
-    if parts_done is None:
+    if FOLLOWED:
         let_next_begin()
     program = tl.program_id(0).to(tl.int64)
     pair = program // num_splits
@@ -101,7 +104,7 @@ def token_statistics(
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, num_tokens)
     # flat: tokens of the next tile are on their way while this one's statistics are taken
-    for start in tl.range(first, last, BLOCK_N, flatten=True):
+    for start in tl.range(first, last, BLOCK_N, flatten=FLAT):
         tokens = start + tl.arange(0, BLOCK_N)
         valid = valid_tokens(mask, sample, tokens, last, num_tokens)
         logits = tile_product(
@@ -284,9 +287,10 @@ def mix(
     A block that is ALONE holds all tokens of its pair and finds their statistics itself.
     """
     # whole numbers of 64 bits are slow to divide
-    pair = (tl.program_id(0) // num_blocks).to(tl.int64)
-    sample = (pair.to(tl.int32) // num_heads).to(tl.int64)
-    head = (pair.to(tl.int32) % num_heads).to(tl.int64)
+    pair = tl.program_id(0) // num_blocks
+    sample = (pair // num_heads).to(tl.int64)
+    head = (pair % num_heads).to(tl.int64)
+    pair = pair.to(tl.int64)
     start = tl.program_id(0) % num_blocks
     if LONG:
         start = start.to(tl.int64)

@@ -15,6 +15,8 @@ from eanet.ops.attention import kernels as _kernels
 from eanet.ops.attention import resident
 from eanet.ops.attention.resident import ResidentTilings
 from eanet.ops.attention.tiling import (
+    HOPPER_SHARED_BYTES,
+    MANY_TOKENS,
     Kept,
     Parts,
     Problem,
@@ -60,6 +62,7 @@ class Tilings:
         value_gradient: likewise.
         statistics_programs: about how many programs share the sums over tokens forward.
         num_programs: about how many share those backward.
+        flat: whether the loops of ``token_statistics``, over tiles and over channels, are one.
         resident: of the kernels that hold a memory on chip; ``None`` where they are not used.
     """
 
@@ -70,6 +73,7 @@ class Tilings:
     value_gradient: Tiling
     statistics_programs: int
     num_programs: int
+    flat: bool = False
     resident: ResidentTilings | None = None
 
 
@@ -153,6 +157,8 @@ def _choose_tilings(
         value_gradient=tiling(128, 64),
         statistics_programs=2 * multiprocessors,
         num_programs=2 * multiprocessors,
+        # what that needs on chip leaves room for two programs
+        flat=layout.shared_bytes >= HOPPER_SHARED_BYTES,
         resident=resident.choose_tilings(layout, num_slots, num_channels, num_pairs),
     )
 
@@ -194,8 +200,9 @@ def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[st
         tensors: with tokens that the kernel reads or writes.
     """
     strides = (tensor.stride() for tensor in tensors)
-    num_tokens = tensors[0].shape[1]
-    long = is_long(num_tokens, tiling.block_tokens, tiling.block_channels, *strides)
+    long = tensors[0].shape[1] >= MANY_TOKENS or is_long(
+        tiling.block_tokens, tiling.block_channels, *strides
+    )
     return {"LONG": long, **launch_options(tiling, _block_slots(num_slots))}
 
 
@@ -263,7 +270,7 @@ def forward(
             ):
                 holding = None
             kept, parts = _first_pass(
-                x, memory_key, mask, problem, statistics, tilings, joined=holding is None
+                x, memory_key, mask, problem, statistics, tilings, followed=holding is not None
             )
             if holding is not None:
                 assert kept is not None
@@ -305,40 +312,46 @@ def _first_pass(
     statistics: Tensor,
     tilings: Tilings,
     *,
-    joined: bool,
+    followed: bool,
 ) -> tuple[Kept | None, Parts]:
     """Find the statistics of the tokens; keep for the second pass what spares it to read them.
 
-    Kept is what is written and read once with fewer bytes than x is read once more. Statistics are
-    of all tokens if they are to be joined, else of parts.
+    Kept is what is written and read once with fewer bytes than x is read once more. Few parts of
+    the statistics are left to ``resident.mix`` where that follows.
     """
     num_tokens = x.shape[1]
     num_slots, num_channels = memory_key.shape
     num_pairs = statistics.shape[1]
-    tiling, num_programs = tilings.statistics, tilings.statistics_programs
+    tiling = tilings.statistics
+    most_left = resident.MOST_PARTS if followed else 0
     kept = None
     if _keeps_exponentials(x, memory_key, problem):
         holding = tilings.resident
         if holding is not None and holding.exponentials is not None:
             parts = Parts.of(
                 statistics, num_tokens, holding.exponentials_programs,
-                holding.exponentials.block_tokens, joined=joined,
+                holding.exponentials.block_tokens, most_left=most_left,
             )  # fmt: skip
             kept = resident.keep_exponentials(
-                x, memory_key, mask, problem.num_heads, statistics, parts, holding.exponentials
-            )
+                x, memory_key, mask, problem.num_heads, statistics, parts, holding.exponentials,
+                followed=followed,
+            )  # fmt: skip
             return kept, parts
         kept = Kept.exponentials(x, num_pairs, num_slots, tiling)
     elif 8 * num_slots < num_channels * x.itemsize:
         kept = Kept(statistics.new_empty((num_pairs, num_tokens, num_slots)))
-    parts = Parts.of(statistics, num_tokens, num_programs, tiling.block_tokens, joined=joined)
+    parts = Parts.of(
+        statistics, num_tokens, tilings.statistics_programs, tiling.block_tokens,
+        most_left=most_left,
+    )  # fmt: skip
     options = _launch_options(tiling, num_slots, x)
     kernels.token_statistics[(num_pairs * parts.number,)](
         x, memory_key, mask, kept and kept.values, kept and kept.largest_of_tiles,
         parts.statistics, statistics, parts.done,
         num_pairs, problem.num_heads, num_tokens, num_slots, num_channels, *x.stride(),
         parts.number, parts.tokens_of_part,
-        BLOCK_SPLITS=split_rows(parts.number, options["BLOCK_S"]), **options,
+        BLOCK_SPLITS=split_rows(parts.number, options["BLOCK_S"]), FOLLOWED=followed,
+        FLAT=tilings.flat, **options,
     )  # fmt: skip
     return kept, parts
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from eanet.ops.attention import resident_kernels as _kernels
 from eanet.ops.attention.tiling import (
     HOPPER_SHARED_BYTES,
+    MANY_TOKENS,
     Kept,
     Parts,
     Problem,
@@ -43,8 +44,10 @@ kernels: Final[Any] = _kernels
 BLOCK_SLOTS: Final = 64
 #: a memory of as many slots, and tokens of as many channels, have room on chip
 MOST_CHANNELS: Final = 512
-#: tokens of a tile
-MOST_TOKENS: Final = 64
+#: tokens of a tile, or fewer
+MOST_TOKENS: Final = 128
+#: parts of the statistics of a pair that every program of the second pass can join for itself
+MOST_PARTS: Final = 32
 #: bytes on chip that a program must be able to have, as on Hopper and later
 LEAST_SHARED_BYTES: Final = HOPPER_SHARED_BYTES
 
@@ -57,11 +60,13 @@ class ResidentTilings:
         exponentials: of ``slot_exponentials``; ``None`` where ``token_statistics`` is faster.
         exponentials_programs: about how many programs share its sums over tokens.
         mix: of ``mix_exponentials``.
-        mix_programs: how many there are.
+        mix_programs: about how many there are.
         value_side: of the kernel of that name, as the following.
         value_programs: about how many programs share its sums over tokens.
         key_side: its programs do a slice of channels.
         key_programs: about how many there are.
+        early: whether ``mix_exponentials`` is launched while the kernel before it ends, and loads
+            M_v meanwhile. What a profiler records of it then holds the time that it waits.
     """
 
     exponentials: Tiling | None
@@ -72,6 +77,7 @@ class ResidentTilings:
     value_programs: int
     key_side: Tiling
     key_programs: int
+    early: bool = True
 
 
 def choose_tilings(
@@ -95,7 +101,8 @@ def choose_tilings(
         or num_pairs > multiprocessors
         # tokens that do not begin at multiples of 16 are copied one by one
         or (layout.tokens_last and layout.strides[2] % 16 != 0)
-        or is_long(layout.shape[1], MOST_TOKENS, MOST_CHANNELS, layout.strides)
+        or layout.shape[1] >= MANY_TOKENS
+        or is_long(MOST_TOKENS, MOST_CHANNELS, layout.strides)
     ):
         return None
     width = max(64, next_power_of_two(num_channels))
@@ -142,9 +149,7 @@ def takes_gradients(
     return (
         problem.double
         and memory_key.shape == memory_value.shape
-        and not is_long(
-            grad_x.shape[1], MOST_TOKENS, MOST_CHANNELS, grad_out.stride(), grad_x.stride()
-        )
+        and not is_long(MOST_TOKENS, MOST_CHANNELS, grad_out.stride(), grad_x.stride())
     )
 
 
@@ -156,6 +161,8 @@ def keep_exponentials(
     statistics: Tensor,
     parts: Parts,
     tiling: Tiling,
+    *,
+    followed: bool,
 ) -> Kept:
     """Find the statistics of the tokens, and keep the exponentials of their logits.
 
@@ -167,6 +174,7 @@ def keep_exponentials(
         statistics: to be written, if parts are joined.
         parts: to be written.
         tiling: of the kernel.
+        followed: whether :func:`mix` comes next.
     """
     num_tokens = x.shape[1]
     num_slots, num_channels = memory_key.shape
@@ -177,7 +185,8 @@ def keep_exponentials(
         parts.statistics, statistics, parts.done,
         num_pairs, num_heads, num_tokens, num_slots, num_channels, *x.stride(),
         parts.number, parts.tokens_of_part,
-        BLOCK_SPLITS=split_rows(parts.number, BLOCK_SLOTS), **launch_options(tiling, BLOCK_SLOTS),
+        BLOCK_SPLITS=split_rows(parts.number, BLOCK_SLOTS), FOLLOWED=followed,
+        **launch_options(tiling, BLOCK_SLOTS),
     )  # fmt: skip
     return kept
 
@@ -191,13 +200,19 @@ def takes_mix(out: Tensor, seed: Tensor | None, num_heads: int, tilings: Residen
         num_heads: H.
         tilings: for the tokens.
     """
-    tokens_of_all_heads = out.shape[0] * num_heads * out.shape[1]
+    num_pairs = out.shape[0] * num_heads
     return (
         seed is None
-        # each program has a tile
-        and tokens_of_all_heads >= tilings.mix_programs * tilings.mix.block_tokens
-        and not is_long(out.shape[1], tilings.mix.block_tokens, MOST_CHANNELS, out.stride())
+        # nearly all programs have a tile
+        and 5 * num_pairs * _mix_splits(out.shape[1], num_pairs, tilings)
+        >= 4 * tilings.mix_programs
+        and not is_long(MOST_TOKENS, MOST_CHANNELS, out.stride())
     )
+
+
+def _mix_splits(num_tokens: int, num_pairs: int, tilings: ResidentTilings) -> int:
+    """Return how many programs of the second pass share a pair: as few as end at the same time."""
+    return split_tokens(num_tokens, tilings.mix_programs // num_pairs, tilings.mix.block_tokens)[0]
 
 
 def mix(
@@ -217,24 +232,24 @@ def mix(
 ) -> None:
     """Run the second pass forward, right after the first; arguments as for ``launch.forward``.
 
-    ``kept`` are exponentials, and ``parts`` of statistics are joined and written here.
+    ``kept`` are exponentials. Statistics are read, or where only parts of them are there, written.
     """
     num_tokens = x.shape[1]
     num_pairs = statistics.shape[1]
     num_slots, num_value_channels = memory_value.shape
-    # as few programs as are done at the same time
-    splits, _ = split_tokens(
-        num_tokens, tilings.mix_programs // num_pairs, tilings.mix.block_tokens
-    )
+    splits = _mix_splits(num_tokens, num_pairs, tilings)
+    if parts.done is None:
+        partial, num_parts, joined = parts.statistics, parts.number, statistics
+    else:
+        partial, num_parts, joined = statistics, 1, None
     kernels.mix_exponentials[(num_pairs * splits,)](
         x, memory_value, value_bias, mask, kept.values, kept.largest_of_tiles,
-        parts.statistics, statistics, out, attention, denominator,
+        partial, joined, out, attention, denominator,
         num_pairs, problem.num_heads, num_tokens, num_slots, num_value_channels,
-        *x.stride(), *out.stride(), parts.number, splits, problem.log_eps,
-        BLOCK_SPLITS=split_rows(parts.number, BLOCK_SLOTS), TOKENS_OF_TILE=kept.tokens_of_tile,
+        *x.stride(), *out.stride(), num_parts, splits, problem.log_eps,
+        BLOCK_SPLITS=split_rows(num_parts, BLOCK_SLOTS), TOKENS_OF_TILE=kept.tokens_of_tile,
         TOKENS_LAST=out.stride(1) < out.stride(2), RESIDUAL=problem.residual,
-        # it loads M_v while the first pass ends
-        launch_pdl=True, **launch_options(tilings.mix, BLOCK_SLOTS),
+        launch_pdl=tilings.early, **launch_options(tilings.mix, BLOCK_SLOTS),
     )  # fmt: skip
 
 

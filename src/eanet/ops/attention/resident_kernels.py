@@ -3,8 +3,9 @@
 # pyright: basic
 """Triton kernels that hold a whole memory on chip while tokens go by, for tokens of bfloat16.
 
-Letters are those of ``kernels.py``. A program holds all S slots of all C channels and walks over a
-part of the tokens of one pair; there are about as many programs as the GPU has multiprocessors.
+Letters are those of ``kernels.py``. A program holds all S slots of all C channels, or of a slice of
+them, and walks over some of the tokens of one pair; there are about as many programs as the GPU can
+run at a time.
 Tiles lie with their tokens side by side, (slots or channels, tokens): slots fill the rows of the
 tensor cores, so a tile may have few tokens, and many of them are on their way at a time.
 
@@ -125,9 +126,10 @@ def slot_exponentials(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    FOLLOWED: tl.constexpr,
 ):
     """Do what ``token_statistics`` does, where it keeps exponentials."""
-    if parts_done is None:
+    if FOLLOWED:
         let_next_begin()
     _, pair, split, first, last = _slice_and_part(1, num_splits, tokens_per_split, num_tokens)
     sample = pair // num_heads
@@ -168,6 +170,16 @@ def slot_exponentials(
 
 @triton.jit
 @no_type_check
+def _store_once(
+    statistics, largest, sums, pair, split, num_pairs, num_slots, BLOCK_S: tl.constexpr
+):
+    """Store the statistics of a pair, by one of its programs."""
+    if split == 0:
+        store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
+
+
+@triton.jit
+@no_type_check
 def mix_exponentials(
     x,  # (B, N, H * V), any strides; read under RESIDUAL alone
     memory_value,  # (S, V)
@@ -175,8 +187,8 @@ def mix_exponentials(
     mask,  # (B, N) or None
     exponentials,  # (B * H, N, S)
     largest_of_tiles,  # (B * H, num_tiles, S)
-    partial,  # (2, B * H * num_parts, S)
-    statistics,  # (2, B * H, S) to be written
+    partial,  # (2, B * H * num_parts, S); with one part, statistics of all tokens
+    statistics,  # (2, B * H, S) to be written, or None where they are there
     out,  # (B, N, H * V), any strides
     attention_out,  # (B, H, N, S) or None
     denominator_out,  # (B, H, N) or None
@@ -224,8 +236,8 @@ def mix_exponentials(
     largest, sums = combine_parts(
         partial, pair, num_pairs, num_slots, num_parts, BLOCK_S, BLOCK_SPLITS
     )
-    if split == 0:
-        store_statistics(statistics, largest, sums, pair, num_pairs, num_slots, BLOCK_S)
+    if statistics is not None:
+        _store_once(statistics, largest, sums, pair, split, num_pairs, num_slots, BLOCK_S)
     sample = pair // num_heads
     channel_offset = (pair % num_heads) * num_value_channels
     x_rows = x + sample * stride_xb + channel_offset * stride_xc

@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "HOPPER_SHARED_BYTES",
+    "MANY_TOKENS",
     "Kept",
     "Parts",
     "Problem",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 
+#: as many tokens, and where the next of a loop begins, may need 64 bits
+MANY_TOKENS: Final = 2**30
 #: bytes on chip that a program of an H100 or H200 may have
 HOPPER_SHARED_BYTES: Final = 232_448
 
@@ -146,7 +149,7 @@ class Parts:
         number: of parts of a pair.
         tokens_of_part: as many tokens, or fewer in the last part.
         done: zeros (B * H) to count the parts of a pair in, so that the last program joins them;
-            ``None`` where the second kernel does.
+            ``None`` where they are left to the second kernel.
     """
 
     statistics: Tensor
@@ -162,7 +165,7 @@ class Parts:
         num_programs: int,
         block_tokens: int,
         *,
-        joined: bool,
+        most_left: int,
     ) -> "Parts":
         """Allocate memory for parts of statistics (2, B * H, S).
 
@@ -171,7 +174,7 @@ class Parts:
             num_tokens: N.
             num_programs: about how many share the tokens.
             block_tokens: of a tile.
-            joined: whether the first kernel joins the parts.
+            most_left: up to so many parts of a pair are left to the second kernel.
         """
         _, num_pairs, num_slots = statistics.shape
         number, tokens_of_part = split_tokens(num_tokens, num_programs // num_pairs, block_tokens)
@@ -179,7 +182,7 @@ class Parts:
             statistics.new_empty((2, num_pairs * number, num_slots)),
             number,
             tokens_of_part,
-            statistics.new_zeros(num_pairs, dtype=torch.int32) if joined else None,
+            None if number <= most_left else statistics.new_zeros(num_pairs, dtype=torch.int32),
         )
 
 
@@ -205,11 +208,9 @@ def launch_options(tiling: Tiling, block_slots: int) -> dict[str, Any]:
     }
 
 
-def is_long(
-    num_tokens: int, block_tokens: int, block_channels: int, *strides: Sequence[int]
-) -> bool:
-    """Tell whether tokens, or places within a tile (B, N, channels), are counted by 64 bits."""
-    return num_tokens + block_tokens >= 2**31 or any(
+def is_long(block_tokens: int, block_channels: int, *strides: Sequence[int]) -> bool:
+    """Tell whether places within a tile of (B, N, channels) with such strides need 64 bits."""
+    return any(
         block_tokens * token + block_channels * channel >= 2**31 for _, token, channel in strides
     )
 
