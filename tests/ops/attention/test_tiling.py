@@ -41,8 +41,9 @@ def test_very_many_tokens_take_no_kernel_that_counts_them_with_32_bits():
     ("batch", "tokens", "expected"),
     [
         (8, 16_384, True),
-        (1, 16_384, True),
-        (1, 8_192, False),  # tiles for half of the programs
+        (1, 32_768, True),
+        (1, 17_408, False),  # two tiles for some programs, and one for others
+        (1, 16_384, False),  # 128 tiles for 132 programs
         (100, 4_096, False),  # a program for each sample, and 32 for none
         (128, 4_096, True),
     ],

@@ -200,12 +200,14 @@ def takes_mix(out: Tensor, seed: Tensor | None, num_heads: int, tilings: Residen
         num_heads: H.
         tilings: for the tokens.
     """
+    num_tokens = out.shape[1]
     num_pairs = out.shape[0] * num_heads
+    num_programs = num_pairs * _mix_splits(num_tokens, num_pairs, tilings)
     return (
         seed is None
-        # nearly all programs have a tile
-        and 5 * num_pairs * _mix_splits(out.shape[1], num_pairs, tilings)
-        >= 4 * tilings.mix_programs
+        # a tile for each program, and few multiprocessors without one
+        and num_pairs * num_tokens >= tilings.mix_programs * tilings.mix.block_tokens
+        and 5 * num_programs >= 4 * tilings.mix_programs
         and not is_long(MOST_TOKENS, MOST_CHANNELS, out.stride())
     )
 
