@@ -187,12 +187,12 @@ def test_compiles_without_a_break(gpu, without_shape_checks):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens"),
+    ("token_dtype", "tokens"),
     # the second has a second pass that is launched early, after memories were cast
     [(torch.float32, 300), (torch.bfloat16, 20_000)],
 )
-def test_a_cuda_graph_replays_it(dtype, tokens, gpu):
-    x = torch.randn(2, tokens, 64, device=gpu, dtype=dtype)
+def test_a_cuda_graph_replays_it(token_dtype, tokens, gpu):
+    x = torch.randn(2, tokens, 64, device=gpu, dtype=token_dtype)
     memory = torch.randn(10, 64, device=gpu)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
