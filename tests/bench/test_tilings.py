@@ -7,15 +7,15 @@ import torch
 
 from eanet.bench import tilings
 from eanet.errors import UserError
+from eanet.ops.attention.heuristics import choose_tilings
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 
 
 def test_candidates_begin_with_what_is_chosen_and_fit_a_program(monkeypatch):
-    launch = pytest.importorskip("eanet.ops.attention.launch", reason="needs Triton")
     monkeypatch.setattr("eanet.ops.attention.tiling.device_limits", lambda device: (132, 232_448))
     x = torch.empty(1, 4096, 512, dtype=torch.bfloat16)
-    chosen = launch.choose_tilings(x, 64, 512)
+    chosen = choose_tilings(x, 64, 512)
     found = list(tilings.candidates(chosen, x.itemsize))
     assert chosen.resident is not None
     # as one kernel after the other, so that none is recorded with the time that it waits
@@ -39,9 +39,8 @@ def test_candidates_begin_with_what_is_chosen_and_fit_a_program(monkeypatch):
 
 
 def test_a_kernel_is_listed_with_its_tiling_and_programs(monkeypatch):
-    launch = pytest.importorskip("eanet.ops.attention.launch", reason="needs Triton")
     monkeypatch.setattr("eanet.ops.attention.tiling.device_limits", lambda device: (132, 232_448))
-    chosen = launch.choose_tilings(torch.empty(1, 4096, 512, dtype=torch.bfloat16), 64, 512)
+    chosen = choose_tilings(torch.empty(1, 4096, 512, dtype=torch.bfloat16), 64, 512)
     for kernel, programs in (("mix", 264), ("mix_exponentials", 264), ("slot_exponentials", 132)):
         row = tilings.tiling_of(chosen, kernel)
         assert row.keys() >= {"block_tokens", "num_warps"}

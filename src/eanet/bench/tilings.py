@@ -25,7 +25,7 @@ from eanet.bench.sweep import Progress
 from eanet.errors import UserError
 
 if TYPE_CHECKING:
-    from eanet.ops.attention.launch import Tilings
+    from eanet.ops.attention.heuristics import Tilings
 
 __all__ = ["candidates", "main", "tiling_of", "time_kernels"]
 
@@ -56,7 +56,7 @@ def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
     """Yield tilings of many sizes; the one chosen at present comes first.
 
     Args:
-        chosen: of :func:`eanet.ops.attention.launch.choose_tilings`.
+        chosen: of :func:`eanet.ops.attention.heuristics.choose_tilings`.
         itemsize: bytes of a channel.
     """
     if chosen.resident is not None:
@@ -71,7 +71,7 @@ def candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
 
 def _general_candidates(chosen: "Tilings", itemsize: int) -> Iterator["Tilings"]:
     """Yield tilings of the kernels that take channels tile by tile."""
-    from eanet.ops.attention.launch import Tiling
+    from eanet.ops.attention.tiling import Tiling
 
     sizes = itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (2, 3, 4))
     for block_tokens, block_channels, num_warps, num_stages in sizes:
@@ -169,8 +169,9 @@ def _operands(
 def _run(x: Tensor, memory: Tensor, grad_out: Tensor, tilings: "Tilings") -> None:
     """Run forward and backward pass as training does."""
     from eanet.ops.attention import launch
+    from eanet.ops.attention.tiling import Problem
 
-    problem = launch.Problem(1, "double", 1e-9, 0.0, residual=False)
+    problem = Problem(1, "double", 1e-9, 0.0, residual=False)
     batch, num_tokens, _ = x.shape
     attention = x.new_empty((batch, 1, num_tokens, memory.shape[0]))
     denominator = x.new_empty((batch, 1, num_tokens), dtype=torch.float32)
@@ -234,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise UserError("the tilings of the kernels are measured on a GPU, and there is none here")
     device = torch.device("cuda")
-    from eanet.ops.attention.launch import choose_tilings
+    from eanet.ops.attention.heuristics import choose_tilings
 
     dtype = getattr(torch, options.dtype)
     shape = tuple(options.shape)

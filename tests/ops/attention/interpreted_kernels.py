@@ -34,6 +34,8 @@ from eanet.ops.attention import (
     reference,
     tiling,
 )
+from eanet.ops.attention.heuristics import Tilings
+from eanet.ops.attention.tiling import Tiling
 from tests.ops.attention.kernel_cases import (
     CASES,
     MUTANTS,
@@ -54,9 +56,9 @@ from tests.ops.attention.kernel_cases import (
 )
 
 CPU = torch.device("cpu")
-_TILING = launch.Tiling(block_tokens=16, block_channels=16, num_warps=4)
+_TILING = Tiling(block_tokens=16, block_channels=16, num_warps=4)
 #: several parts for each pair in the forward pass
-SMALL = launch.Tilings(
+SMALL = Tilings(
     statistics=_TILING,
     mix=replace(_TILING, block_tokens=32),
     attention_gradient=_TILING,

@@ -85,6 +85,7 @@ def compiled(monkeypatch, tmp_path):
 )
 def test_kernels_compile_for_a_gpu(compiled, token_dtype, norm, channels, slots, plain):
     from eanet.ops.attention import launch
+    from eanet.ops.attention.tiling import Problem
 
     x = torch.zeros(2, channels, 300, dtype=token_dtype).transpose(1, 2)
     key = torch.zeros(slots, channels, dtype=token_dtype)
@@ -92,7 +93,7 @@ def test_kernels_compile_for_a_gpu(compiled, token_dtype, norm, channels, slots,
     mask = None if plain else torch.ones(2, 300, dtype=torch.bool)
     seed = None if plain else torch.zeros(1, dtype=torch.int64)
     attention = None if plain else torch.zeros(2, 1, 300, slots, dtype=token_dtype)
-    problem = launch.Problem(1, norm, 1e-9, 0.0 if plain else 0.1, residual=True)
+    problem = Problem(1, norm, 1e-9, 0.0 if plain else 0.1, residual=True)
 
     statistics = launch.forward(
         x, key, key, *biases, mask, seed, problem, out=torch.zeros_like(x), attention=attention
@@ -123,6 +124,7 @@ def test_kernels_that_hold_a_memory_compile_for_a_gpu(
     compiled, monkeypatch, tokens, channels, slots, layout
 ):
     from eanet.ops.attention import launch, tiling
+    from eanet.ops.attention.tiling import Problem
 
     monkeypatch.setattr(tiling, "device_limits", lambda device: (132, SHARED_BYTES))
     x = torch.zeros(2, tokens, channels, dtype=torch.bfloat16)
@@ -130,7 +132,7 @@ def test_kernels_that_hold_a_memory_compile_for_a_gpu(
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     memory = torch.zeros(slots, channels, dtype=torch.bfloat16)
     kept = x.new_zeros(2, 1, tokens, slots), torch.zeros(2, 1, tokens)
-    problem = launch.Problem(1, "double", 1e-9, 0.0, residual=False)
+    problem = Problem(1, "double", 1e-9, 0.0, residual=False)
 
     launch.forward(
         x, memory, memory, None, None, None, None, problem,

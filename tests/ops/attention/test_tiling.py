@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eanet.ops.attention.heuristics import choose_resident_tilings
 from eanet.ops.attention.tiling import (
     HOPPER_SHARED_BYTES,
     MANY_TOKENS,
@@ -33,8 +34,8 @@ def test_very_many_tokens_take_no_kernel_that_counts_them_with_32_bits():
     def layout(num_tokens):
         return TokenLayout(torch.bfloat16, (1, num_tokens, 3), (0, 3, 1), 132, HOPPER_SHARED_BYTES)
 
-    assert resident.choose_tilings(layout(MANY_TOKENS - 1), 4, 3, 1) is not None
-    assert resident.choose_tilings(layout(MANY_TOKENS), 4, 3, 1) is None
+    assert choose_resident_tilings(layout(MANY_TOKENS - 1), 4, 3, 1) is not None
+    assert choose_resident_tilings(layout(MANY_TOKENS), 4, 3, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_the_second_pass_that_holds_a_memory_needs_work_for_all_programs(batch, 
     x = torch.empty(1).expand(batch, 512, tokens).transpose(1, 2)
     strides = (512 * tokens, 1, tokens)
     layout = TokenLayout(torch.bfloat16, tuple(x.shape), strides, 132, HOPPER_SHARED_BYTES)
-    tilings = resident.choose_tilings(layout, 64, 512, batch)
+    tilings = choose_resident_tilings(layout, 64, 512, batch)
     assert tilings is not None
     assert resident.takes_mix(x, None, 1, tilings) == expected
     assert not resident.takes_mix(x, torch.zeros(1, dtype=torch.int64), 1, tilings)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from eanet.ops.attention import eager, operators
+from eanet.ops.attention.heuristics import MAX_SLOTS
 
 __all__ = [
     "double_normalize",
@@ -29,8 +30,6 @@ __all__ = [
 double_normalize = eager.double_normalize
 slot_softmax = eager.slot_softmax
 
-_MAX_SLOTS = 256
-
 
 def suits(x: Tensor, num_slots: int) -> bool:
     """Tell whether the kernels are the better choice: tensors on a GPU that they can take.
@@ -40,7 +39,7 @@ def suits(x: Tensor, num_slots: int) -> bool:
     return (
         x.is_cuda
         and x.dtype in operators.DTYPES
-        and num_slots <= _MAX_SLOTS
+        and num_slots <= MAX_SLOTS
         and not torch.compiler.is_exporting()
         and importlib.util.find_spec("triton") is not None
     )

@@ -89,8 +89,8 @@ def token_statistics(
     """Find the largest logit and the sum of exponentials of each slot over the tokens.
 
     Each program does a part of the tokens; the one that is done last joins the parts of its pair,
-    in the same order whichever it is, unless the next kernel does. FOLLOWED by one that waits for
-    what is written here, that may begin.
+    in the same order whichever it is, unless the next kernel does. That may be launched early
+    where this one is FOLLOWED by one that waits.
     """
     if FOLLOWED:
         let_next_begin()

@@ -1,9 +1,8 @@
-"""Launch the Triton kernels: sizes of tiles, scratch memory, and the sums of partial results.
+"""Launch the Triton kernels: which of them, scratch memory, and the sums of partial results.
 
 Importing this module imports Triton; ``operators.py`` does so when the backend is used.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,15 +12,13 @@ from torch import Tensor
 from eanet.ops.attention import gradient_kernels as _gradient_kernels
 from eanet.ops.attention import kernels as _kernels
 from eanet.ops.attention import resident
-from eanet.ops.attention.resident import ResidentTilings
+from eanet.ops.attention.heuristics import Tilings, block_slots, choose_tilings
 from eanet.ops.attention.tiling import (
-    HOPPER_SHARED_BYTES,
     MANY_TOKENS,
     Kept,
     Parts,
     Problem,
     Tiling,
-    TokenLayout,
     ceil_div,
     is_long,
     launch_options,
@@ -30,137 +27,14 @@ from eanet.ops.attention.tiling import (
     split_tokens,
 )
 
-__all__ = [
-    "MAX_SLOTS",
-    "Problem",
-    "Tiling",
-    "Tilings",
-    "backward",
-    "choose_tilings",
-    "forward",
-]
+__all__ = ["backward", "forward"]
 
 # a kernel's signature is not the one it is launched with
 kernels: Final[Any] = _kernels
 gradient_kernels: Final[Any] = _gradient_kernels
 
-#: more slots than this do not fit into the registers of a program
-MAX_SLOTS: Final = 256
 #: below this eps, an exponential that bfloat16 cannot hold (1e-38) could still count beside it
 LEAST_EPS: Final = 1e-30
-
-
-@dataclass(frozen=True)
-class Tilings:
-    """A tiling for each kernel, and into how many parts sums over the tokens are cut.
-
-    Attributes:
-        statistics: of ``token_statistics``.
-        mix: of ``mix``.
-        attention_gradient: of the kernel of that name, as the following two.
-        key_gradient: its programs do a slice of channels.
-        value_gradient: likewise.
-        statistics_programs: about how many programs share the sums over tokens forward.
-        num_programs: about how many share those backward.
-        flat: whether the loops of ``token_statistics``, over tiles and over channels, are one.
-        resident: of the kernels that hold a memory on chip; ``None`` where they are not used.
-    """
-
-    statistics: Tiling
-    mix: Tiling
-    attention_gradient: Tiling
-    key_gradient: Tiling
-    value_gradient: Tiling
-    statistics_programs: int
-    num_programs: int
-    flat: bool = False
-    resident: ResidentTilings | None = None
-
-
-def _power_of_two(number: int, smallest: int, largest: int) -> int:
-    """Round up to a power of two within limits."""
-    return max(smallest, min(largest, next_power_of_two(max(number, 1))))
-
-
-def _block_slots(num_slots: int) -> int:
-    """Return the slots of a tile, which holds them all.
-
-    Raises:
-        ValueError: more than 256 slots.
-    """
-    if num_slots > MAX_SLOTS:
-        raise ValueError(
-            f"backend 'triton' takes up to {MAX_SLOTS} slots, got {num_slots}; use backend='eager'"
-        )
-    return _power_of_two(num_slots, 16, MAX_SLOTS)
-
-
-def choose_tilings(x: Tensor, num_slots: int, num_channels: int, num_heads: int = 1) -> Tilings:
-    """Choose tiles that fit into registers, and enough programs to fill the device.
-
-    Args:
-        x: tokens (batch, tokens, channels).
-        num_slots: S.
-        num_channels: the wider of key and value channels of a head.
-        num_heads: H.
-
-    Raises:
-        ValueError: more than 256 slots.
-    """
-    return _choose_tilings(TokenLayout.of(x), num_slots, num_channels, num_heads)
-
-
-@functools.lru_cache(maxsize=1024)
-def _choose_tilings(
-    layout: TokenLayout, num_slots: int, num_channels: int, num_heads: int
-) -> Tilings:
-    """Choose once; choosing takes as long as a small kernel."""
-    block_slots = _block_slots(num_slots)
-    batch, num_tokens, _ = layout.shape
-    num_pairs = batch * num_heads
-    multiprocessors = layout.multiprocessors
-    # GPUs for desktops have less memory on chip
-    fewer_stages = 1 if layout.shared_bytes < 128 * 1024 else 0
-
-    def tiling(block_tokens: int, block_channels: int, num_stages: int = 3) -> Tiling:
-        # stated for 64 slots; tiles with more of them have fewer tokens
-        block_tokens = min(block_tokens, max(16, 64 * block_tokens // block_slots))
-        if block_slots == MAX_SLOTS:
-            block_channels //= 2
-        block_tokens = _power_of_two(num_tokens, 16, block_tokens)
-        return Tiling(
-            block_tokens=block_tokens,
-            block_channels=_power_of_two(num_channels, 16, block_channels),
-            num_warps=8 if block_tokens * block_slots > 8192 else 4,
-            num_stages=num_stages - fewer_stages,
-        )
-
-    # a pair of one block needs no pass before the second, but has one program
-    alone = block_slots <= 64 and num_tokens <= 256 and 4 * num_pairs >= multiprocessors
-    if layout.dtype == torch.float32:  # no tensor cores: tiles are held in registers
-        general = tiling(64, 32)
-        return Tilings(
-            statistics=general,
-            mix=tiling(256, 32) if alone else general,
-            attention_gradient=general,
-            key_gradient=general,
-            value_gradient=general,
-            statistics_programs=16 * multiprocessors,
-            num_programs=2 * multiprocessors,
-        )
-    # the fastest of those tried on an H200 at 8 x 512 x 128 x 128
-    return Tilings(
-        statistics=tiling(128, 64, num_stages=4),
-        mix=tiling(256 if alone else 64, 64),
-        attention_gradient=tiling(128, 64),
-        key_gradient=tiling(64, 128),
-        value_gradient=tiling(128, 64),
-        statistics_programs=2 * multiprocessors,
-        num_programs=2 * multiprocessors,
-        # what that needs on chip leaves room for two programs
-        flat=layout.shared_bytes >= HOPPER_SHARED_BYTES,
-        resident=resident.choose_tilings(layout, num_slots, num_channels, num_pairs),
-    )
 
 
 @dataclass(frozen=True)
@@ -203,7 +77,7 @@ def _launch_options(tiling: Tiling, num_slots: int, *tensors: Tensor) -> dict[st
     long = tensors[0].shape[1] >= MANY_TOKENS or is_long(
         tiling.block_tokens, tiling.block_channels, *strides
     )
-    return {"LONG": long, **launch_options(tiling, _block_slots(num_slots))}
+    return {"LONG": long, **launch_options(tiling, block_slots(num_slots))}
 
 
 def _operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from eanet.ops.attention import eager
+from eanet.ops.attention.tiling import Problem
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -92,7 +93,7 @@ def _compute_forward(
         memory_value_bias,
         mask,
         seed,
-        launch.Problem(num_heads, norm, eps, dropout, residual),
+        Problem(num_heads, norm, eps, dropout, residual),
         out=out,
         attention=attention if with_attention else None,
         denominator=denominator if denominator.numel() else None,
@@ -189,7 +190,7 @@ def _compute_backward(
         mask,
         seed,
         statistics if norm == "double" else None,
-        launch.Problem(num_heads, norm, eps, dropout, residual),
+        Problem(num_heads, norm, eps, dropout, residual),
         kept=None if attention is None or denominator is None else (attention, denominator),
         with_value_bias=with_value_bias,
         grad_x=grad_x,

@@ -1,36 +1,35 @@
-"""Launch the Triton kernels of ``resident_kernels.py``, which hold a memory on chip.
+"""Launch the Triton kernels that hold a memory on chip, of both directions.
 
-``launch.py`` asks :func:`choose_tilings` whether they take the tokens, and launches its own kernels
-where not.
+Where ``heuristics.py`` has no tilings for them, ``launch.py`` launches the general kernels.
 """
 
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from eanet.ops.attention import resident_gradient_kernels as _gradient_kernels
 from eanet.ops.attention import resident_kernels as _kernels
+from eanet.ops.attention.heuristics import (
+    MOST_CHANNELS,
+    MOST_TOKENS,
+    RESIDENT_SLOTS,
+    ResidentTilings,
+)
 from eanet.ops.attention.tiling import (
-    HOPPER_SHARED_BYTES,
-    MANY_TOKENS,
     Kept,
     Parts,
     Problem,
     Tiling,
-    TokenLayout,
     ceil_div,
     is_long,
     launch_options,
-    next_power_of_two,
     split_rows,
     split_tokens,
 )
 
 __all__ = [
-    "ResidentTilings",
     "backward",
-    "choose_tilings",
     "keep_exponentials",
     "mix",
     "takes_gradients",
@@ -39,99 +38,10 @@ __all__ = [
 
 # a kernel's signature is not the one it is launched with
 kernels: Final[Any] = _kernels
+gradient_kernels: Final[Any] = _gradient_kernels
 
-#: slots fill the rows of a tensor core's product
-BLOCK_SLOTS: Final = 64
-#: a memory of as many slots, and tokens of as many channels, have room on chip
-MOST_CHANNELS: Final = 512
-#: tokens of a tile, or fewer
-MOST_TOKENS: Final = 128
 #: parts of the statistics of a pair that every program of the second pass can join for itself
 MOST_PARTS: Final = 32
-#: bytes on chip that a program must be able to have, as on Hopper and later
-LEAST_SHARED_BYTES: Final = HOPPER_SHARED_BYTES
-
-
-@dataclass(frozen=True)
-class ResidentTilings:
-    """A tiling for each kernel.
-
-    Attributes:
-        exponentials: of ``slot_exponentials``; ``None`` where ``token_statistics`` is faster.
-        exponentials_programs: about how many programs share its sums over tokens.
-        mix: of ``mix_exponentials``.
-        mix_programs: about how many there are.
-        value_side: of the kernel of that name, as the following.
-        value_programs: about how many programs share its sums over tokens.
-        key_side: its programs do a slice of channels.
-        key_programs: about how many there are.
-        early: whether ``mix_exponentials`` is launched while the kernel before it ends, and loads
-            M_v meanwhile. What a profiler records of it then holds the time that it waits.
-    """
-
-    exponentials: Tiling | None
-    exponentials_programs: int
-    mix: Tiling
-    mix_programs: int
-    value_side: Tiling
-    value_programs: int
-    key_side: Tiling
-    key_programs: int
-    early: bool = True
-
-
-def choose_tilings(
-    layout: TokenLayout, num_slots: int, num_channels: int, num_pairs: int
-) -> ResidentTilings | None:
-    """Choose tiles for a GPU whose programs have 227 KiB on chip; ``None`` where others are better.
-
-    Args:
-        layout: of the tokens.
-        num_slots: S.
-        num_channels: the wider of key and value channels of a head.
-        num_pairs: of a sample and a head.
-    """
-    multiprocessors = layout.multiprocessors
-    if (
-        layout.dtype != torch.bfloat16
-        or num_slots > BLOCK_SLOTS
-        or num_channels > MOST_CHANNELS
-        or layout.shared_bytes < LEAST_SHARED_BYTES
-        # each program has sums as large as the memories
-        or num_pairs > multiprocessors
-        # tokens that do not begin at multiples of 16 are copied one by one
-        or (layout.tokens_last and layout.strides[2] % 16 != 0)
-        or layout.shape[1] >= MANY_TOKENS
-        or is_long(MOST_TOKENS, MOST_CHANNELS, layout.strides)
-    ):
-        return None
-    width = max(64, next_power_of_two(num_channels))
-    key_side = Tiling(64, min(width, 128), num_warps=4, num_stages=3)
-    # the fastest of those tried on an H200 at 8 x 512 x 128 x 128
-    if layout.tokens_last:
-        value_side = Tiling(64, width, num_warps=8, num_stages=2)
-        return ResidentTilings(
-            exponentials=None,
-            exponentials_programs=0,
-            mix=Tiling(128, width, num_warps=8, num_stages=3),
-            mix_programs=multiprocessors,
-            value_side=value_side,
-            value_programs=multiprocessors,
-            key_side=key_side,
-            key_programs=2 * multiprocessors,
-        )
-    # half a memory leaves room for two programs at a time
-    programs = 2 if width <= MOST_CHANNELS // 2 else 1
-    return ResidentTilings(
-        exponentials=Tiling(32, width, num_warps=4, num_stages=4),
-        exponentials_programs=programs * multiprocessors,
-        mix=Tiling(64, width, num_warps=8, num_stages=4, max_registers=128),
-        mix_programs=2 * multiprocessors,
-        value_side=Tiling(32, width, num_warps=8 // programs, num_stages=4),
-        value_programs=programs * multiprocessors,
-        key_side=key_side,
-        key_programs=2 * multiprocessors,
-    )
 
 
 def takes_gradients(
@@ -185,8 +95,8 @@ def keep_exponentials(
         parts.statistics, statistics, parts.done,
         num_pairs, num_heads, num_tokens, num_slots, num_channels, *x.stride(),
         parts.number, parts.tokens_of_part,
-        BLOCK_SPLITS=split_rows(parts.number, BLOCK_SLOTS), FOLLOWED=followed,
-        **launch_options(tiling, BLOCK_SLOTS),
+        BLOCK_SPLITS=split_rows(parts.number, RESIDENT_SLOTS), FOLLOWED=followed,
+        **launch_options(tiling, RESIDENT_SLOTS),
     )  # fmt: skip
     return kept
 
@@ -249,9 +159,9 @@ def mix(
         partial, joined, out, attention, denominator,
         num_pairs, problem.num_heads, num_tokens, num_slots, num_value_channels,
         *x.stride(), *out.stride(), num_parts, splits, problem.log_eps,
-        BLOCK_SPLITS=split_rows(num_parts, BLOCK_SLOTS), TOKENS_OF_TILE=kept.tokens_of_tile,
+        BLOCK_SPLITS=split_rows(num_parts, RESIDENT_SLOTS), TOKENS_OF_TILE=kept.tokens_of_tile,
         TOKENS_LAST=out.stride(1) < out.stride(2), RESIDUAL=problem.residual,
-        launch_pdl=tilings.early, **launch_options(tilings.mix, BLOCK_SLOTS),
+        launch_pdl=tilings.early, **launch_options(tilings.mix, RESIDENT_SLOTS),
     )  # fmt: skip
 
 
@@ -295,18 +205,18 @@ def backward(
     partial_value, partial_bias = torch.split(partial_values, lengths, dim=1)
     partial_key = partial_weighted.new_empty((num_pairs * key_parts[0], lengths[0]))
     weighted = x.new_empty((num_pairs, num_tokens, num_slots))
-    kernels.value_side[(num_pairs * parts[0],)](
+    gradient_kernels.value_side[(num_pairs * parts[0],)](
         grad_out, grad_attention, memory_value, mask, attention,
         weighted, partial_weighted, partial_value, partial_bias, partial_values.stride(0),
         *sizes, *grad_out.stride(), *parts,
-        WITH_BIAS=with_value_bias, **launch_options(tilings.value_side, BLOCK_SLOTS),
+        WITH_BIAS=with_value_bias, **launch_options(tilings.value_side, RESIDENT_SLOTS),
     )  # fmt: skip
-    kernels.key_side[(num_pairs * key_parts[0] * num_slices,)](
+    gradient_kernels.key_side[(num_pairs * key_parts[0] * num_slices,)](
         x, grad_out, memory_key, mask, attention, denominator, weighted, partial_weighted,
         grad_x, partial_key, partial_key.stride(0),
         *sizes, *x.stride(), *grad_out.stride(), *grad_x.stride(),
         num_slices, *key_parts, parts[0],
-        BLOCK_SPLITS=split_rows(parts[0], BLOCK_SLOTS), RESIDUAL=problem.residual,
-        **launch_options(tilings.key_side, BLOCK_SLOTS),
+        BLOCK_SPLITS=split_rows(parts[0], RESIDENT_SLOTS), RESIDUAL=problem.residual,
+        **launch_options(tilings.key_side, RESIDENT_SLOTS),
     )  # fmt: skip
     return partial_key, partial_values
